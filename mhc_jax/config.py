@@ -85,7 +85,7 @@ class ModelConfig:
     norm_eps: float = 1e-20  # of every RMSNorm
     init_std: float = 0.006  # of weight matrices and embeddings
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of streams and matrix products; coefficients, router and norms are float32
-    remat: Literal["none", "sublayer_outputs", "full"] = "full"  # what the backward pass keeps of a layer, see nn/remat.py
+    remat: Literal["none", "matmuls", "full"] = "full"  # what the backward pass recomputes of a layer, see nn/remat.py
     loss_chunk: int = 512  # tokens of each sequence whose logits exist at a time
 
 
@@ -181,7 +181,7 @@ def validate(config: Config) -> None:
 
     _one_of("model.residual", m.residual, RESIDUAL_KINDS)
     _one_of("model.dtype", m.dtype, ("float32", "bfloat16"))
-    _one_of("model.remat", m.remat, ("none", "sublayer_outputs", "full"))
+    _one_of("model.remat", m.remat, ("none", "matmuls", "full"))
     _one_of("model.connections.collapse", c.collapse, ("mean", "sum", "learned"))
 
     positive = {
@@ -256,7 +256,9 @@ def validate(config: Config) -> None:
     _at_most("model.dense_layers", m.dense_layers, "model.num_layers", m.num_layers)
     _divides("2 (rotary pairs)", 2, "model.attention.rope_dim", a.rope_dim)
     if a.rope.yarn_factor < 1:
-        raise UserError(f"model.attention.rope.yarn_factor is {a.rope.yarn_factor}; 1 is plain rotary embedding, above 1 extends the context")
+        raise UserError(
+            f"model.attention.rope.yarn_factor is {a.rope.yarn_factor}; 1 is plain rotary embedding, above 1 extends the context"
+        )
     _divides("model.moe.num_groups", e.num_groups, "model.moe.num_experts", e.num_experts)
     _at_most("model.moe.top_groups", e.top_groups, "model.moe.num_groups", e.num_groups)
     reachable = e.num_experts // e.num_groups * e.top_groups
@@ -310,7 +312,9 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
     for path, value in changes.items():
         head, _, rest = path.partition(".")
         if head not in {f.name for f in dataclasses.fields(config)}:
-            raise UserError(f"there is no config field {path!r}; the fields here are {', '.join(f.name for f in dataclasses.fields(config))}")
+            raise UserError(
+                f"there is no config field {path!r}; the fields here are {', '.join(f.name for f in dataclasses.fields(config))}"
+            )
         if rest:
             nested.setdefault(head, {})[rest] = value
         else:

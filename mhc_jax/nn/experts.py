@@ -1,0 +1,145 @@
+"""The routed experts' matrix products: tokens sorted by expert, every token computed, none dropped.
+
+Two layouts of the sorted rows share everything but the product itself:
+
+    ragged   rows lie back to back, `jax.lax.ragged_dot` multiplies them (TPU, GPU)
+    blocked  every expert's rows are padded to whole blocks, a batched product multiplies the blocks (CPU, where XLA's ragged_dot would
+             compute every expert for every token)
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from mhc_jax.nn.ffn import gated
+
+BLOCK = 64  # rows; half a block is lost to padding per expert, and smaller blocks make slower products
+
+
+def routed_swiglu(
+    x: Float[Array, "T C"],
+    experts: Int[Array, "T k"],
+    weights: Float[Array, "T k"],
+    inner: Float[Array, "E C 2*F"],
+    out: Float[Array, "E F C"],
+) -> Float[Array, "T C"]:
+    """Sum over a token's k experts of weight * SwiGLU_expert(x), in x's type with a float32 or wider sum."""
+    return jax.lax.platform_dependent(
+        x, experts, weights, inner, out, cpu=partial(_routed, layout=blocked), default=partial(_routed, layout=ragged)
+    )
+
+
+class Sorted(NamedTuple):
+    """Where each visit (token t, its j-th expert) lies among R rows sorted by expert; visits are numbered t * k + j."""
+
+    visit_of_row: Int[Array, "R"]  # T * k marks a padding row
+    row_of_visit: Int[Array, "T k"]
+    rows_of_expert: Int[Array, "E"]
+
+
+def _routed(x, experts, weights, inner, out, *, layout):
+    rows, multiply = layout(experts, inner.shape[0])
+    gathered = _dispatch(x, rows)
+    hidden = gated(multiply(gathered, inner.astype(x.dtype)))
+    y = _collect(multiply(hidden, out.astype(x.dtype)), rows)
+    return jnp.einsum("tk,tkc->tc", weights, y.astype(weights.dtype)).astype(x.dtype)
+
+
+def ragged(experts: Int[Array, "T k"], num_experts: int):
+    """Rows back to back, and the product of such rows with their experts' matrices."""
+    order = jnp.argsort(experts.reshape(-1), stable=True)
+    rows = Sorted(order, jnp.argsort(order).reshape(experts.shape), jnp.bincount(experts.reshape(-1), length=num_experts))
+
+    def multiply(x: Float[Array, "R I"], w: Float[Array, "E I O"]) -> Float[Array, "R O"]:
+        return jax.lax.ragged_dot(x, w, rows.rows_of_expert)
+
+    return rows, multiply
+
+
+def blocked(experts: Int[Array, "T k"], num_experts: int, block: int = BLOCK):
+    """Rows padded to blocks of one expert each, and the product of such rows with their experts' matrices."""
+    visits = experts.size
+    num_blocks = visits // block + min(num_experts, visits)  # enough for any split of the visits over experts
+    flat = experts.reshape(-1)
+    one_hot = jax.nn.one_hot(flat, num_experts, dtype=jnp.int32)
+    rank = jnp.take_along_axis(jnp.cumsum(one_hot, axis=0), flat[:, None], axis=1)[:, 0] - 1  # among the expert's own visits
+    count = one_hot.sum(axis=0)
+    last_block = jnp.cumsum(-(-count // block))
+    first_block = last_block - (-(-count // block))
+    row_of_visit = first_block[flat] * block + rank
+    visit_of_row = jnp.full(num_blocks * block, visits).at[row_of_visit].set(jnp.arange(visits), unique_indices=True)
+    expert_of_block = jnp.clip(jnp.searchsorted(last_block, jnp.arange(num_blocks), side="right"), 0, num_experts - 1)
+    rows = Sorted(visit_of_row, row_of_visit.reshape(experts.shape), count)
+
+    def multiply(x: Float[Array, "R I"], w: Float[Array, "E I O"]) -> Float[Array, "R O"]:
+        return _block_product(x.reshape(num_blocks, block, -1), w, expert_of_block).reshape(num_blocks * block, -1)
+
+    return rows, multiply
+
+
+@jax.custom_vjp
+def _block_product(x: Float[Array, "N b I"], w: Float[Array, "E I O"], expert: Int[Array, "N"]) -> Float[Array, "N b O"]:
+    """Each block times the matrix of its expert."""
+    return jnp.einsum("nbi,nio->nbo", x, w[expert])
+
+
+def _block_product_fwd(x, w, expert):
+    return _block_product(x, w, expert), (x, w, expert)
+
+
+def _block_product_bwd(saved, g):
+    x, w, expert = saved
+    dx = jnp.einsum("nbo,nio->nbi", g, w[expert])
+    # Summing the blocks' gradients into their experts is a product with a one-hot matrix: a scatter-add would run element by element.
+    per_block = jnp.einsum("nbi,nbo->nio", x, g)
+    dw = jnp.einsum("ne,nio->eio", jax.nn.one_hot(expert, w.shape[0], dtype=g.dtype), per_block)
+    return dx, dw, np.zeros(expert.shape, jax.dtypes.float0)
+
+
+_block_product.defvjp(_block_product_fwd, _block_product_bwd)
+
+
+# Going to the sorted rows and coming back are gathers in both directions: each is the other's transpose, because the permutation is known.
+
+
+@jax.custom_vjp
+def _dispatch(x: Float[Array, "T C"], rows: Sorted) -> Float[Array, "R C"]:
+    """The token of each row; zeros in padding rows."""
+    return x.at[rows.visit_of_row // rows.row_of_visit.shape[1]].get(mode="fill", fill_value=0)
+
+
+def _dispatch_fwd(x, rows):
+    return _dispatch(x, rows), rows
+
+
+def _dispatch_bwd(rows, g):
+    return g[rows.row_of_visit].sum(axis=1), _no_gradient(rows)
+
+
+_dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+
+
+@jax.custom_vjp
+def _collect(y: Float[Array, "R C"], rows: Sorted) -> Float[Array, "T k C"]:
+    """The row of each visit."""
+    return y[rows.row_of_visit]
+
+
+def _collect_fwd(y, rows):
+    return _collect(y, rows), rows
+
+
+def _collect_bwd(rows, g):
+    flat = g.reshape(-1, g.shape[-1])
+    return flat.at[rows.visit_of_row].get(mode="fill", fill_value=0), _no_gradient(rows)
+
+
+_collect.defvjp(_collect_fwd, _collect_bwd)
+
+
+def _no_gradient(rows: Sorted) -> Sorted:
+    return jax.tree.map(lambda index: np.zeros(index.shape, jax.dtypes.float0), rows)

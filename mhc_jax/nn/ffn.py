@@ -1,0 +1,32 @@
+"""The dense feed-forward: SwiGLU (arXiv 2002.05202)."""
+
+from typing import ClassVar
+
+import jax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from mhc_jax.nn.module import Data, Module, Spec, normal
+
+
+def gated(x: Float[Array, "... 2*F"]) -> Float[Array, "... F"]:
+    """silu(gate) * up, of the two halves of the last axis."""
+    half = x.shape[-1] // 2
+    return jax.nn.silu(x[..., :half]) * x[..., half:]
+
+
+class SwiGLU(Module):
+    """out(silu(x gate) * (x up)); the gate and up matrices lie side by side in `inner`."""
+
+    inner: Data[Float[Array, "C 2*F"]]
+    out: Data[Float[Array, "F C"]]
+
+    SPECS: ClassVar = {"inner": Spec(("embed", "hidden"), decay=True), "out": Spec(("hidden", "embed"), decay=True)}
+
+    def __init__(self, dim: int, hidden: int, std: float, key: PRNGKeyArray):
+        k_inner, k_out = jax.random.split(key)
+        self.inner = normal(k_inner, (dim, 2 * hidden), std)
+        self.out = normal(k_out, (hidden, dim), std)
+
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        """The feed-forward output, in x's type."""
+        return gated(x @ self.inner.astype(x.dtype)) @ self.out.astype(x.dtype)

@@ -1,0 +1,94 @@
+"""Multi-head latent attention (MLA) in its training form: keys and values expanded from a shared latent.
+
+Source: DeepSeek-V2 (arXiv 2405.04434, Eq. 9-19), with the order of norms and splits of the DeepSeek-V3 inference code.
+"""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from mhc_jax.config import AttentionConfig, ModelConfig
+from mhc_jax.nn.attention import causal_attention
+from mhc_jax.nn.module import Data, Module, Spec, normal
+from mhc_jax.nn.norm import rms_norm
+from mhc_jax.nn.rotary import rotate, softmax_temperature
+
+
+class MLA(Module):
+    """Projections of latent attention; H heads of D unrotated, R rotated and V value dimensions, latents of K (and Q) dimensions."""
+
+    query: Data[Float[Array, "C H D+R"] | None]  # full-rank queries, or
+    query_down: Data[Float[Array, "C Q"] | None]  # queries through a latent
+    query_norm: Data[Float[Array, "Q"] | None]
+    query_up: Data[Float[Array, "Q H D+R"] | None]
+    latent: Data[Float[Array, "C K+R"]]  # key-value latent, and the rotated key shared by all heads
+    latent_norm: Data[Float[Array, "K"]]
+    expand: Data[Float[Array, "K H D+V"]]  # latent to keys and values
+    out: Data[Float[Array, "H V C"]]
+    qk_scales: Data[Float[Array, "2 D+R"] | None]  # weights of the optional query and key norms
+
+    SPECS: ClassVar = {
+        "query": Spec(("embed", "heads", None), decay=True),
+        "query_down": Spec(("embed", None), decay=True),
+        "query_norm": Spec((None,)),
+        "query_up": Spec((None, "heads", None), decay=True),
+        "latent": Spec(("embed", None), decay=True),
+        "latent_norm": Spec((None,)),
+        "expand": Spec((None, "heads", None), decay=True),
+        "out": Spec(("heads", None, "embed"), decay=True),
+        "qk_scales": Spec((None, None)),
+    }
+
+    def __init__(self, config: ModelConfig, key: PRNGKeyArray):
+        a, std = config.attention, config.init_std
+        k_q, k_q2, k_latent, k_expand, k_out = jax.random.split(key, 5)
+        head = a.nope_dim + a.rope_dim
+        full_rank = a.q_rank is None
+        self.query = normal(k_q, (config.dim, a.num_heads, head), std) if full_rank else None
+        self.query_down = None if full_rank else normal(k_q, (config.dim, a.q_rank), std)
+        self.query_norm = None if full_rank else jnp.ones(a.q_rank)
+        self.query_up = None if full_rank else normal(k_q2, (a.q_rank, a.num_heads, head), std)
+        self.latent = normal(k_latent, (config.dim, a.kv_rank + a.rope_dim), std)
+        self.latent_norm = jnp.ones(a.kv_rank)
+        self.expand = normal(k_expand, (a.kv_rank, a.num_heads, a.nope_dim + a.value_dim), std)
+        self.out = normal(k_out, (a.num_heads, a.value_dim, config.dim), std)
+        self.qk_scales = jnp.ones((2, head)) if a.qk_norm else None
+        self.config: AttentionConfig = a
+        self.norm_eps: float = config.norm_eps
+
+    def __call__(
+        self, x: Float[Array, "B S C"], positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"]
+    ) -> tuple[Float[Array, "B S C"], Float[Array, ""]]:
+        """Attention output, and the largest attention logit (no gradient)."""
+        a, eps = self.config, self.norm_eps
+        if self.query is not None:
+            q = jnp.einsum("bsc,chd->bshd", x, self.query.astype(x.dtype))
+        else:
+            q_latent = rms_norm(x @ self.query_down.astype(x.dtype), self.query_norm, eps)
+            q = jnp.einsum("bsq,qhd->bshd", q_latent, self.query_up.astype(x.dtype))
+        q_nope, q_rope = jnp.split(q, [a.nope_dim], axis=-1)
+
+        latent, k_rope = jnp.split(x @ self.latent.astype(x.dtype), [a.kv_rank], axis=-1)
+        latent = rms_norm(latent, self.latent_norm, eps)
+        expanded = jnp.einsum("bsk,khd->bshd", latent, self.expand.astype(x.dtype))
+        k_nope, value = jnp.split(expanded, [a.nope_dim], axis=-1)
+
+        if self.qk_scales is not None:
+            # The two parts are normalised apart, so that the rotated key stays shared by all heads.
+            (q_nope_scale, k_nope_scale), (q_rope_scale, k_rope_scale) = jnp.split(self.qk_scales, [a.nope_dim], axis=-1)
+            q_nope, k_nope = rms_norm(q_nope, q_nope_scale, eps), rms_norm(k_nope, k_nope_scale, eps)
+            q_rope, k_rope = rms_norm(q_rope, q_rope_scale, eps), rms_norm(k_rope, k_rope_scale, eps)
+
+        attended, largest = causal_attention(
+            q_nope,
+            rotate(q_rope, positions, a.rope),
+            k_nope,
+            rotate(k_rope, positions, a.rope),
+            value,
+            segment_ids,
+            scale=(a.nope_dim + a.rope_dim) ** -0.5 * softmax_temperature(a.rope),
+            query_block=a.query_block,
+        )
+        return jnp.einsum("bshv,hvc->bsc", attended, self.out.astype(x.dtype)), largest

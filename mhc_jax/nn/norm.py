@@ -1,0 +1,23 @@
+"""RMSNorm (arXiv 1910.07467), always computed in float32 or wider."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def wide(x: Array) -> Array:
+    """The array in float32, or in its own type where that is wider: the precision of norms, coefficients and routing."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def inverse_rms(x: Float[Array, "... C"], eps: float) -> Float[Array, "... 1"]:
+    """1 / sqrt(mean(x^2) + eps) over the last axis, float32 or wider."""
+    return jax.lax.rsqrt(jnp.mean(jnp.square(wide(x)), axis=-1, keepdims=True) + eps)
+
+
+def rms_norm(x: Float[Array, "... C"], weight: Float[Array, "C"] | None, eps: float) -> Float[Array, "... C"]:
+    """x over its root mean square, times `weight` where there is one; returns x's type."""
+    y = wide(x) * inverse_rms(x, eps)
+    if weight is not None:
+        y = y * weight
+    return y.astype(x.dtype)

@@ -1,0 +1,45 @@
+"""Rotary position embedding with YaRN, on interleaved pairs as DeepSeek's attention uses it.
+
+Sources: RoFormer (arXiv 2104.09864), YaRN (arXiv 2309.00071, section 3.2) with the settings of DeepSeek-V3 (arXiv 2412.19437, 4.3).
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from mhc_jax.config import RopeConfig
+
+
+def frequencies(dim: int, rope: RopeConfig) -> Float[np.ndarray, "dim/2"]:
+    """Radians per position of each rotated pair, float64.
+
+    With YaRN, pairs that turn more than `beta_fast` times within the original context keep their frequency, pairs that turn less than
+    `beta_slow` times are slowed down by `yarn_factor`, and those between are blended linearly in the pair's index.
+    """
+    inverse = rope.theta ** (-np.arange(0, dim, 2) / dim)
+    if rope.yarn_factor == 1.0:
+        return inverse
+
+    def pair_that_turns(rotations: float) -> float:
+        return dim * math.log(rope.original_length / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low = max(math.floor(pair_that_turns(rope.beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(rope.beta_slow)), dim - 1)
+    slowed = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
+    return inverse * (1 - slowed) + inverse / rope.yarn_factor * slowed
+
+
+def softmax_temperature(rope: RopeConfig) -> float:
+    """YaRN's factor on attention logits, (0.1 mscale ln(factor) + 1)^2; 1 without YaRN."""
+    return (0.1 * rope.mscale * math.log(rope.yarn_factor) + 1.0) ** 2
+
+
+def rotate(x: Float[Array, "B S *heads dim"], positions: Int[Array, "B S"], rope: RopeConfig) -> Float[Array, "B S *heads dim"]:
+    """Rotates the pairs (x[2i], x[2i+1]) by position times frequency; the angle is computed in float32, the result has x's type."""
+    angle = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies(x.shape[-1], rope), jnp.float32)
+    angle = angle.reshape(*angle.shape[:2], *(1,) * (x.ndim - 3), angle.shape[-1])
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape).astype(x.dtype)
