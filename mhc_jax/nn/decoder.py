@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mhc_jax.config import ModelConfig
@@ -152,6 +153,14 @@ class Decoder(Module):
     def streams(self) -> int:
         """n; 1 for the plain residual."""
         return 1 if self.config.residual == "residual" else self.config.connections.streams
+
+
+def learnable_mappings(config: ModelConfig) -> Float[np.ndarray, "2*L 3"]:
+    """0 where the pre, post or res mapping of a sublayer cannot learn because all streams are still equal there, 1 elsewhere."""
+    table = np.ones((2 * config.num_layers, 3), np.float32)
+    learns = CONNECTIONS[config.residual].LEARNS_FROM_EQUAL_STREAMS
+    table[0, : len(learns)] = learns
+    return table
 
 
 def initial_router_bias(config: ModelConfig) -> Float[Array, "L_moe E"]:
