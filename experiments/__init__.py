@@ -1,0 +1,17 @@
+"""Questions asked of trained models: lists of runs, the engine that executes them, and their reports.
+
+    runs          what a run and a list of runs are, and `runlist.json`
+    runlist       the engine: skip what is finished, resume what was cut, report after every run
+    ablation      the list that changes the residual connection and nothing else
+    records       a run folder read into typed arrays
+    results       means, spreads and paired gaps over seeds: `results.json`
+    style         colours and axes that every figure shares
+    figures       the catalogue of figures; figures_steps and figures_depth draw them
+    sinkhorn      how far 20 Sinkhorn steps are from convergence, measured in float64
+    findings      plain sentences from the numbers
+    published     the paper's numbers at 27B parameters
+    document      headings, tables and pictures, rendered as Markdown and as one HTML file
+    report        puts the report together
+
+Nothing here defines a model or a training step: the engine is handed a function that trains one config into one folder.
+"""

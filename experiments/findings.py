@@ -1,0 +1,122 @@
+"""Plain sentences that follow from the numbers, and from nothing else. Tables and figures are report's part."""
+
+import math
+
+from mhc_jax.experiments import formats
+from mhc_jax.experiments.results import Results, Variant
+
+# Kinds whose row sums are exact and whose entries are not negative, which bounds the composite gain by the number of streams.
+BOUNDED_KINDS = ("mhc", "identity_hc")
+FREE_KINDS = ("hc", "static_hc")
+ROUNDING = 1e-3  # relative; sums of float32 products over many sublayers
+
+
+def findings(results: Results) -> list[str]:
+    """One sentence or two a finding; empty while no run has finished."""
+    if not results.variants:
+        return []
+    return [*_losses(results), *_gains(results), *_incidents(results), *_cost(results)]
+
+
+def warnings(results: Results) -> list[str]:
+    """What makes a comparison within the list unsound, or weak."""
+    records = results.records
+    notes = []
+    if len({record.summary.data.fingerprint for record in records}) > 1:
+        notes.append("The runs did not see the same data: their corpus fingerprints differ, so their losses cannot be compared.")
+    if len({record.summary.data.tokenizer for record in records}) > 1:
+        notes.append("The runs used different tokenizers, so their losses per token cannot be compared.")
+    if len({str(sorted(record.summary.platform.items())) for record in records}) > 1:
+        notes.append("The runs were made on different platforms, so their speeds cannot be compared.")
+    if records and all(len(variant.records) == 1 for variant in results.variants):
+        notes.append(
+            "One seed. The spread over seeds is unknown, and without it gaps of a few hundredths of a nat are noise: they can change sign "
+            "with the seed."
+        )
+    return notes
+
+
+def _losses(results: Results) -> list[str]:
+    finite = [variant for variant in results.variants if variant.statistics["loss"].mean is not None]
+    failed = [variant.name for variant in results.variants if variant not in finite]
+    lines = [f"The held-out loss of {_names(failed)} is not finite: training diverged."] if failed else []
+    if not finite:
+        return lines
+    best = min(finite, key=lambda variant: variant.statistics["loss"].mean or 0.0)
+    if len(finite) > 1:
+        lines.append(f"`{best.name}` has the lowest held-out loss, {formats.mean(best.statistics['loss'], formats.loss)} nats.")
+    else:
+        lines.append(f"`{best.name}` ends at a held-out loss of {formats.mean(best.statistics['loss'], formats.loss)} nats.")
+    lines += [_gap(variant, results.baseline.name) for variant in finite if results.baseline and variant is not results.baseline]
+    blind = [v.name for v in finite if (v.statistics["loss"].mean or 0.0) >= (v.statistics["unigram_entropy"].mean or math.inf)]
+    if blind:
+        lines.append(f"{_names(blind)} did not get below the unigram entropy of the held-out text: nothing was learnt from context.")
+    return lines
+
+
+def _gap(variant: Variant, baseline: str) -> str:
+    value = variant.statistics["loss_gap"]
+    if value.mean is None:
+        return f"`{variant.name}` has no run with the same seed as a finished run of `{baseline}`, so its gap is unknown."
+    direction = "below" if value.mean < 0 else "above"
+    verdict = "" if value.mean < 0 else f": here it loses to `{baseline}`"
+    if value.spread is None:
+        certainty = "one seed, so the spread is unknown"
+    else:
+        error = 2 * value.spread / math.sqrt(value.seeds)
+        clear = "clear of" if abs(value.mean) > error else "within"
+        certainty = f"over {value.seeds} seeds {clear} twice its standard error of {error / 2:.4f}"
+    return f"`{variant.name}` ends {abs(value.mean):.4f} nats {direction} `{baseline}`{verdict} ({certainty})."
+
+
+def _gains(results: Results) -> list[str]:
+    lines = []
+    for variant in results.variants:
+        record = variant.records[0]
+        kind, streams = record.config.model.residual, record.streams
+        if streams == 1:
+            continue
+        forward = max(r.summary.gain_forward_max for r in variant.records)
+        backward = max(r.summary.gain_backward_max for r in variant.records)
+        there, back = formats.significant(forward), formats.significant(backward)
+        reach = f"`{variant.name}`: the composite gain reached {there} forward and {back} backward"
+        bounded = max(forward, backward) <= streams * (1 + ROUNDING)
+        if not math.isfinite(max(forward, backward)):
+            lines.append(f"`{variant.name}`: the composite gain did not stay finite.")
+        elif kind in BOUNDED_KINDS:
+            verdict = (
+                f"bounded, as its exact row sums promise (at most n = {streams})" if bounded else f"above the bound n = {streams}: a defect"
+            )
+            lines.append(f"{reach}; {verdict}.")
+        elif kind in FREE_KINDS:
+            verdict = f"within n = {streams} in this run, though nothing in its form bounds it" if bounded else "not bounded"
+            lines.append(f"{reach}; {verdict}.")
+    return lines
+
+
+def _incidents(results: Results) -> list[str]:
+    lines = []
+    spikes = [f"`{r.name}` ({formats.count(r.summary.loss_spikes)})" for r in results.records if r.summary.loss_spikes]
+    lines.append(f"Loss spikes: {', '.join(spikes)}." if spikes else "No run had a loss spike.")
+    repeated = {record.summary.data.epochs for record in results.records if record.summary.data.epochs > 1}
+    if repeated:
+        lines.append(
+            f"Training tokens were repeated (up to {formats.significant(max(repeated))} passes), so the losses also measure how well a "
+            "variant memorises."
+        )
+    return lines
+
+
+def _cost(results: Results) -> list[str]:
+    if results.baseline is None:
+        return []
+    parts = []
+    for variant in results.variants:
+        ratio = variant.statistics["step_time_ratio"].mean
+        if variant is not results.baseline and ratio is not None:
+            parts.append(f"`{variant.name}` {ratio:.2f} times")
+    return [f"Step time relative to `{results.baseline.name}`: {', '.join(parts)}."] if parts else []
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

@@ -1,0 +1,47 @@
+"""The engine of every experiment: execute a list of runs in order and keep its report true after each one.
+
+It decides what to skip, resume and refuse. How a run is trained is the business of the function it is handed.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mhc_jax.config import Config
+from mhc_jax.experiments.records import is_finished
+from mhc_jax.experiments.report import write_report
+from mhc_jax.experiments.results import Results, load_results
+from mhc_jax.experiments.runs import Run, RunList, run_folder, save_runs
+
+Say = Callable[[str], None]
+Train = Callable[[Config, Path], dict[str, Any]]
+
+__all__ = ["Run", "RunList", "Train", "run_list"]
+
+
+def run_list(runs: RunList, folder: Path, train: Train, *, say: Say) -> Results:
+    """Trains what has not finished, in the order of the list, and rewrites results.json and the report after every run.
+
+    Args:
+      runs: the list; its order is the order of training.
+      folder: where everything goes; runs live in `folder/runs/NAME`.
+      train: trains one config into one folder and returns its summary (docs/results.md). Called again on a folder that holds an
+        interrupted run of the same config, it must resume that run by itself.
+      say: is told what happens, a line at a time.
+
+    Raises:
+      UserError: a run folder holds another config. Checked for all runs before the first is trained.
+    """
+    finished = {run.name for run in runs.runs if is_finished(run, run_folder(folder, run))}
+    save_runs(runs, folder)
+    write_report(folder, say)
+    for number, run in enumerate(runs.runs, start=1):
+        if run.name in finished:
+            say(f"{run.name}: finished before, skipped ({number} of {len(runs.runs)})")
+            continue
+        resumed = (run_folder(folder, run) / "config.json").exists()
+        say(f"{run.name}: {'resumed' if resumed else 'started'} ({number} of {len(runs.runs)})")
+        summary = train(run.config, run_folder(folder, run))
+        say(f"{run.name}: held-out loss {summary['loss']:.4f}")
+        write_report(folder, say)
+    return load_results(folder)

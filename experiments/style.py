@@ -1,0 +1,117 @@
+"""Colours, axes and legends that every figure shares. No figure is drawn here."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from mhc_jax.experiments.results import Results
+
+WIDTH = 9.0  # inches of every figure; text is sized for this width
+
+# Okabe and Ito's palette, told apart with every common colour blindness; a residual kind has the same colour in every figure.
+COLOURS = {"residual": "#333333", "hc": "#D55E00", "static_hc": "#E69F00", "mhc": "#0072B2", "identity_hc": "#009E73"}
+# Variants of one residual kind, as in a sweep, share its colour and differ in dashes, marker and lightness.
+DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.5), (1.5, 1.5), (7, 1.5, 1.5, 1.5), (9, 3))
+MARKERS = ("o", "s", "^", "D", "v")
+
+RC = {
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e3e5e8",
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "figure.dpi": 130,
+}
+
+
+@dataclass(frozen=True)
+class LineStyle:
+    """How a variant is drawn."""
+
+    color: tuple[float, float, float]
+    dashes: tuple[float, ...]
+    marker: str
+
+
+def styled():
+    """A context in which figures are made: every drawing function runs inside it, and no global state remains."""
+    return rc_context(RC)
+
+
+def line_styles(results: Results) -> dict[str, LineStyle]:
+    """The style of every variant of the list, finished or not, so that it does not change while the list fills up."""
+    of_kind: dict[str, list[str]] = {}
+    for name in results.runs.variants:
+        of_kind.setdefault(results.runs.first(name).config.model.residual, []).append(name)
+    styles = {}
+    for kind, names in of_kind.items():
+        base = np.array(to_rgb(COLOURS[kind]))
+        for index, name in enumerate(names):
+            light = 0.6 * index / len(names)
+            red, green, blue = base + (1 - base) * light
+            styles[name] = LineStyle((red, green, blue), DASHES[index % len(DASHES)], MARKERS[index % len(MARKERS)])
+    return styles
+
+
+def draw_seeds(axes: Axes, x: np.ndarray, ys: Sequence[np.ndarray], style: LineStyle, label: str) -> None:
+    """Draws the mean of equally long curves, with a band from the lowest to the highest when there are several seeds."""
+    stacked = np.stack(ys)
+    axes.plot(x, stacked.mean(axis=0), color=style.color, dashes=style.dashes, label=label)
+    if len(ys) > 1:
+        axes.fill_between(x, stacked.min(axis=0), stacked.max(axis=0), color=style.color, alpha=0.18, linewidth=0)
+
+
+def draw_marked(axes: Axes, x: np.ndarray, y: np.ndarray, hollow: np.ndarray, style: LineStyle, label: str) -> None:
+    """Draws a curve with a marker a point; the points where `hollow` holds are left white inside."""
+    axes.plot(x, y, color=style.color, dashes=style.dashes, label=label, linewidth=1.4)
+    size = 26 if len(x) <= 24 else 12
+    faces = [(1.0, 1.0, 1.0) if empty else style.color for empty in hollow]
+    axes.scatter(x, y, s=size, marker=style.marker, facecolors=faces, edgecolors=[style.color], linewidths=1.1, zorder=3)
+
+
+def log_axis(axes: Axes, values: Sequence[np.ndarray], at_least: tuple[float, float] | None = None) -> None:
+    """Makes y logarithmic with plain numbers at 1, 2, 5, and covers the finite positive values and `at_least`."""
+    pool = np.concatenate([np.ravel(value) for value in values]) if values else np.array([])
+    pool = pool[np.isfinite(pool) & (pool > 0)]
+    ends = [*(at_least or ()), *((pool.min(), pool.max()) if pool.size else ())]
+    axes.set_yscale("log")
+    if ends:
+        axes.set_ylim(min(ends) / 1.12, max(ends) * 1.12)
+    decades = np.log10(max(ends) / min(ends)) if ends else 0
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,), numticks=12))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def whole_numbers(axes: Axes) -> None:
+    """Ticks of x at whole numbers only."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+
+
+def legend(figure: Figure, styles: Mapping[str, LineStyle], extra: Sequence[Line2D] = ()) -> None:
+    """One legend for all panels, above them."""
+    handles = []
+    for name, style in styles.items():
+        handle = Line2D([], [], color=style.color, label=name)
+        handle.set_dashes(style.dashes or (None, None))
+        handles.append(handle)
+    handles += extra
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(5, len(handles)), handlelength=2.6)
+
+
+def hollow_note() -> Line2D:
+    """Legend entry of the hollow markers of `draw_marked`."""
+    return Line2D([], [], color="#777777", marker="o", markerfacecolor="white", linestyle="none", label="hollow: H_res not trained here")
