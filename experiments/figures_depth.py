@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from mhc_jax.experiments.formats import significant
 from mhc_jax.experiments.records import RunRecord
 from mhc_jax.experiments.results import Results, Variant
 from mhc_jax.experiments.sinkhorn import STDS, reference_curve
@@ -64,7 +65,7 @@ def matrices_figure(results: Results) -> Figure:
         row.suptitle(variant.name, x=0.005, ha="left", fontweight="bold")
         panels = row.subplots(1, 4)
         for axes, index in zip(panels, (0, count // 2, count - 1)):
-            trained = "" if stability.learnable[-1, index, RES] else "\n(not trained)"
+            trained = "" if stability.learnable[-1, index, RES] else "\n(kept out of training)"
             _heat_map(axes, stability.res[-1, index], f"sublayer {index + 1}{trained}")
         _heat_map(panels[3], stability.res_composite[-1, -1], f"product of 1 to {count}")
     return figure
@@ -81,7 +82,7 @@ def streams_figure(results: Results) -> Figure:
     cosine = figure.add_subplot(grid[0, :])
     for variant in variants:
         depth = np.arange(variant.records[0].stability.stream_cosine.shape[1])
-        draw_seeds(cosine, depth, [r.stability.stream_cosine[-1] for r in variant.records], styles[variant.name], variant.name)
+        draw_seeds(cosine, depth, [r.stability.stream_cosine[-1] for r in variant.records], styles[variant.name])
     cosine.set(title="How alike the streams are (1 = the same direction)", ylabel="mean cosine", xlabel="after sublayer (0 = embedding)")
     _untrained_band(cosine, variants[0].records[0])
     whole_numbers(cosine)
@@ -98,7 +99,7 @@ def streams_figure(results: Results) -> Figure:
         axes.set(title=f"{variant.name}: size of each stream", xlabel="after sublayer")
         if index % columns == 0:
             axes.set_ylabel("root mean square")
-    band = Line2D([], [], color="#dddddd", linewidth=8, label="grey: H_pre or H_res not trained here")
+    band = Line2D([], [], color="#dddddd", linewidth=8, label="H_pre or H_res kept out of training")
     legend(figure, {v.name: styles[v.name] for v in variants}, [band])
     return figure
 
@@ -125,7 +126,7 @@ def column_error_figure(results: Results) -> Figure:
     axes.set_xticks(STDS, [f"{std:g}" for std in STDS])
     axes.minorticks_off()
     axes.set_xlabel("standard deviation of the logits")
-    axes.set_ylabel("largest |column sum - 1|")
+    axes.set_ylabel(f"largest |column sum - 1| (at least {FLOOR:g})")
     axes.set_title(f"What {connections.sinkhorn_steps} Sinkhorn steps leave undone, one point a sublayer (largest over tokens)")
     random = f"random logits, n = {connections.streams}"
     extra = [
@@ -144,7 +145,7 @@ def _over_depth(axes: Axes, variant: Variant, name: str, style: LineStyle) -> No
     record = variant.records[0]
     # A single stream has no H_res to train, so there is nothing to mark.
     hollow = record.stability.learnable[-1, :, RES] == 0 if record.streams > 1 else np.zeros(len(sublayer), bool)
-    draw_marked(axes, sublayer, curves.mean(axis=0), hollow, style, variant.name)
+    draw_marked(axes, sublayer, curves.mean(axis=0), hollow, style)
     if len(curves) > 1:
         axes.fill_between(sublayer, curves.min(axis=0), curves.max(axis=0), color=style.color, alpha=0.18, linewidth=0)
 
@@ -155,10 +156,12 @@ def _heat_map(axes: Axes, matrix: np.ndarray, title: str) -> None:
     size = 9 if len(matrix) <= 4 else 6
     for (row, column), value in np.ndenumerate(matrix):
         ink = "white" if abs(value) > 0.62 * reach else "#222222"
-        axes.text(column, row, f"{value:.2f}" if abs(value) < 10 else f"{value:.3g}", ha="center", va="center", color=ink, fontsize=size)
+        # Adding 0 turns a rounded -0.00 into 0.00.
+        text = f"{round(value, 2) + 0:.2f}" if abs(value) < 10 else significant(value)
+        axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=size)
     axes.set_title(title, fontsize=9.5, loc="center")
     rows, columns = np.abs(matrix.sum(axis=1)).max(), np.abs(matrix.sum(axis=0)).max()
-    axes.set_xlabel(f"row sums up to {rows:.3g}\ncolumn sums up to {columns:.3g}", fontsize=8.5)
+    axes.set_xlabel(f"row sums up to {significant(rows)}\ncolumn sums up to {significant(columns)}", fontsize=8.5)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(False)

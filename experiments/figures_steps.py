@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mhc_jax.experiments.results import Results, paired
-from mhc_jax.experiments.style import WIDTH, draw_seeds, legend, line_styles, log_axis
+from mhc_jax.experiments.style import WIDTH, draw_seeds, legend, line, line_styles, log_axis
 
 
 def loss_figure(results: Results) -> Figure:
@@ -19,7 +19,7 @@ def loss_figure(results: Results) -> Figure:
         records = variant.records
         # The loss before training is far above all others and would flatten them.
         after = records[0].eval.step > 0
-        draw_seeds(losses, records[0].eval.step[after], [r.eval.loss[after] for r in records], styles[variant.name], variant.name)
+        draw_seeds(losses, records[0].eval.step[after], [r.eval.loss[after] for r in records], styles[variant.name])
     entropies = {record.summary.unigram_entropy for record in results.records}
     for entropy in entropies:
         losses.axhline(entropy, color="#888888", linewidth=1.2, linestyle=":")
@@ -31,7 +31,7 @@ def loss_figure(results: Results) -> Figure:
             curves = [_gap(a.eval.step, a.eval.loss, b.eval.step, b.eval.loss) for a, b in pairs]
             if curves:
                 gaps += curves
-                draw_seeds(panels[0], curves[0][0], [gap for _, gap in curves], styles[variant.name], variant.name)
+                draw_seeds(panels[0], curves[0][0], [gap for _, gap in curves], styles[variant.name])
         _focus(panels[0], gaps)
         title = f"Held-out loss minus that of {baseline.name}\n(same seed; below 0 is better)"
         panels[0].set(title=title, xlabel="optimizer step", ylabel="loss gap (nats per token)")
@@ -46,13 +46,11 @@ def gradient_figure(results: Results) -> Figure:
     styles = line_styles(results)
     figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
     axes = figure.subplots()
-    smooth = []
     for variant in results.variants:
         train = variant.records[0].train
         style = styles[variant.name]
         axes.plot(train.step, train.grad_norm, color=style.color, alpha=0.22, linewidth=0.7)
-        smooth.append(running_mean(train.grad_norm, window=max(1, len(train.step) // 30)))
-        axes.plot(train.step, smooth[-1], color=style.color, dashes=style.dashes)
+        axes.plot(train.step, running_mean(train.grad_norm, window=max(1, len(train.step) // 30)), **line(style))
     limits = sorted({record.config.optimizer.clip_norm for record in results.records})
     for limit in limits:
         axes.axhline(limit, color="#888888", linewidth=1.2, linestyle="--")
@@ -71,7 +69,7 @@ def gain_over_time_figure(results: Results) -> Figure:
     for axes, name, title in zip(panels, ("gain_forward", "gain_backward"), ("Forward", "Backward"), strict=True):
         for variant in results.variants:
             curves = [getattr(record.eval, name) for record in variant.records]
-            draw_seeds(axes, variant.records[0].eval.step, curves, styles[variant.name], variant.name)
+            draw_seeds(axes, variant.records[0].eval.step, curves, styles[variant.name])
         axes.set(title=f"{title} signal: largest composite gain over depth", xlabel="optimizer step")
     # The axis is shared, so its range must cover both panels.
     log_axis(panels[0], [np.concatenate((record.eval.gain_forward, record.eval.gain_backward)) for record in results.records], (0.8, 2.0))

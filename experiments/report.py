@@ -3,7 +3,7 @@
 The numbers come from results, the sentences from findings, the tables from tables, the pictures from figures; this puts them in order.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from mhc_jax.experiments.published import SOURCE
 from mhc_jax.experiments.results import Results, load_results, results_json
 
 
-def write_report(folder: Path, say: Callable[[str], None]) -> None:
+def write_report(folder: Path, say: Callable[[str], None] = print) -> None:
     """Rewrites results.json, figures/*.png, report.md and report.html from the run folders in `folder`.
 
     Raises:
@@ -125,9 +125,9 @@ def _published(results: Results) -> list[Block]:
     table = tables.published_table(results)
     if table is None:
         return []
-    scales = sorted({(record.summary.parameters, record.summary.tokens) for record in results.records})
-    here = "; ".join(f"{parameters:,} parameters and {tokens:,} tokens" for parameters, tokens in scales)
-    scale = f" The runs here have {here}." if here else ""
+    summaries = [record.summary for record in results.records]
+    here = f"{_range([s.parameters for s in summaries])} parameters and {_range([s.tokens for s in summaries])} tokens"
+    scale = f" The runs here have {here}." if summaries else ""
     return [
         Heading("Beside the paper, at another scale"),
         Paragraph(
@@ -164,6 +164,11 @@ def _platform_keys(records: Iterable[Any]) -> list[str]:
 
 def _repetition(epochs: float) -> str:
     return f"yes, {formats.significant(epochs)} passes over the training tokens" if epochs > 1 else "no, no token was seen twice"
+
+
+def _range(values: Sequence[int]) -> str:
+    low, high = min(values, default=0), max(values, default=0)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _distinct(values: Iterable[str]) -> str:

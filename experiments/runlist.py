@@ -19,7 +19,7 @@ Train = Callable[[Config, Path], dict[str, Any]]
 __all__ = ["Run", "RunList", "Train", "run_list"]
 
 
-def run_list(runs: RunList, folder: Path, train: Train, *, say: Say) -> Results:
+def run_list(runs: RunList, folder: Path, train: Train, *, say: Say = print) -> Results:
     """Trains what has not finished, in the order of the list, and rewrites results.json and the report after every run.
 
     Args:
@@ -41,7 +41,7 @@ def run_list(runs: RunList, folder: Path, train: Train, *, say: Say) -> Results:
             continue
         resumed = (run_folder(folder, run) / "config.json").exists()
         say(f"{run.name}: {'resumed' if resumed else 'started'} ({number} of {len(runs.runs)})")
-        summary = train(run.config, run_folder(folder, run))
-        say(f"{run.name}: held-out loss {summary['loss']:.4f}")
+        loss = train(run.config, run_folder(folder, run))["loss"]
+        say(f"{run.name}: held-out loss {'not finite' if loss is None else f'{loss:.4f}'}")
         write_report(folder, say)
     return load_results(folder)

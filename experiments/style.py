@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -16,7 +17,9 @@ from mhc_jax.experiments.results import Results
 WIDTH = 9.0  # inches of every figure; text is sized for this width
 
 # Okabe and Ito's palette, told apart with every common colour blindness; a residual kind has the same colour in every figure.
-COLOURS = {"residual": "#333333", "hc": "#D55E00", "static_hc": "#E69F00", "mhc": "#0072B2", "identity_hc": "#009E73"}
+COLOURS = {"residual": "#6b6b6b", "hc": "#D55E00", "static_hc": "#E69F00", "mhc": "#0072B2", "identity_hc": "#009E73"}
+# Curves often lie on top of each other, as gains of exactly 1 do; drawn from wide to narrow, each stays visible.
+WIDTHS = {"residual": 3.8, "static_hc": 2.6, "hc": 2.2, "mhc": 2.2, "identity_hc": 1.2}
 # Variants of one residual kind, as in a sweep, share its colour and differ in dashes, marker and lightness.
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.5), (1.5, 1.5), (7, 1.5, 1.5, 1.5), (9, 3))
 MARKERS = ("o", "s", "^", "D", "v")
@@ -44,6 +47,12 @@ class LineStyle:
     color: tuple[float, float, float]
     dashes: tuple[float, ...]
     marker: str
+    width: float  # points; narrower curves lie on top
+
+    @property
+    def zorder(self) -> float:
+        """Drawing order among curves."""
+        return 3 - 0.1 * self.width
 
 
 def styled():
@@ -62,24 +71,29 @@ def line_styles(results: Results) -> dict[str, LineStyle]:
         for index, name in enumerate(names):
             light = 0.6 * index / len(names)
             red, green, blue = base + (1 - base) * light
-            styles[name] = LineStyle((red, green, blue), DASHES[index % len(DASHES)], MARKERS[index % len(MARKERS)])
+            styles[name] = LineStyle((red, green, blue), DASHES[index % len(DASHES)], MARKERS[index % len(MARKERS)], WIDTHS[kind])
     return styles
 
 
-def draw_seeds(axes: Axes, x: np.ndarray, ys: Sequence[np.ndarray], style: LineStyle, label: str) -> None:
+def line(style: LineStyle) -> dict[str, Any]:
+    """Keyword arguments of `Axes.plot`."""
+    return {"color": style.color, "dashes": style.dashes, "linewidth": style.width, "zorder": style.zorder}
+
+
+def draw_seeds(axes: Axes, x: np.ndarray, ys: Sequence[np.ndarray], style: LineStyle) -> None:
     """Draws the mean of equally long curves, with a band from the lowest to the highest when there are several seeds."""
     stacked = np.stack(ys)
-    axes.plot(x, stacked.mean(axis=0), color=style.color, dashes=style.dashes, label=label)
+    axes.plot(x, stacked.mean(axis=0), **line(style))
     if len(ys) > 1:
         axes.fill_between(x, stacked.min(axis=0), stacked.max(axis=0), color=style.color, alpha=0.18, linewidth=0)
 
 
-def draw_marked(axes: Axes, x: np.ndarray, y: np.ndarray, hollow: np.ndarray, style: LineStyle, label: str) -> None:
+def draw_marked(axes: Axes, x: np.ndarray, y: np.ndarray, hollow: np.ndarray, style: LineStyle) -> None:
     """Draws a curve with a marker a point; the points where `hollow` holds are left white inside."""
-    axes.plot(x, y, color=style.color, dashes=style.dashes, label=label, linewidth=1.4)
-    size = 26 if len(x) <= 24 else 12
+    axes.plot(x, y, **line(style))
+    size = (16 if len(x) <= 24 else 8) * (1 + style.width / 2)
     faces = [(1.0, 1.0, 1.0) if empty else style.color for empty in hollow]
-    axes.scatter(x, y, s=size, marker=style.marker, facecolors=faces, edgecolors=[style.color], linewidths=1.1, zorder=3)
+    axes.scatter(x, y, s=size, marker=style.marker, facecolors=faces, edgecolors=[style.color], linewidths=1.1, zorder=style.zorder)
 
 
 def log_axis(axes: Axes, values: Sequence[np.ndarray], at_least: tuple[float, float] | None = None) -> None:
@@ -105,13 +119,27 @@ def legend(figure: Figure, styles: Mapping[str, LineStyle], extra: Sequence[Line
     """One legend for all panels, above them."""
     handles = []
     for name, style in styles.items():
-        handle = Line2D([], [], color=style.color, label=name)
+        handle = Line2D([], [], color=style.color, linewidth=style.width, label=name)
         handle.set_dashes(style.dashes or (None, None))
         handles.append(handle)
     handles += extra
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(5, len(handles)), handlelength=2.6)
+    columns = _legend_columns([str(handle.get_label()) for handle in handles])
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, handlelength=2.6)
+
+
+def _legend_columns(labels: Sequence[str]) -> int:
+    """The most columns whose labels fit side by side; a legend is filled column by column, and each is as wide as its longest label."""
+    for columns in range(len(labels), 1, -1):
+        rows = -(-len(labels) // columns)
+        widths = [max(len(label) for label in labels[start : start + rows]) for start in range(0, len(labels), rows)]
+        # About 115 characters fit; a line sample and the space around it take as much as eight.
+        if sum(width + 8 for width in widths) <= 115:
+            return columns
+    return 1
 
 
 def hollow_note() -> Line2D:
     """Legend entry of the hollow markers of `draw_marked`."""
-    return Line2D([], [], color="#777777", marker="o", markerfacecolor="white", linestyle="none", label="hollow: H_res not trained here")
+    return Line2D(
+        [], [], color="#777777", marker="o", markerfacecolor="white", linestyle="none", label="hollow: H_res kept out of training"
+    )

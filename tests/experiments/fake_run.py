@@ -94,7 +94,8 @@ def stability_arrays(config: Config, *, progress: float, rng: np.random.Generato
     forward_products, backward_products = np.stack(composite[1:]), np.stack(backward[1:][::-1])
     growth = 1 + np.arange(sublayers + 1)[:, None] * (0.2 + 0.3 * rng.random(n))
     learnable = np.ones((sublayers, 3))
-    learnable[0, [0, 2]] = 0
+    learnable[0, 0] = 0
+    learnable[0, 2] = kind == "identity_hc"  # it has no H_res to keep out of training
     return {
         "gain_forward_single": np.abs(res.sum(axis=2)).max(axis=1),
         "gain_backward_single": np.abs(res.sum(axis=1)).max(axis=1),
@@ -110,14 +111,17 @@ def stability_arrays(config: Config, *, progress: float, rng: np.random.Generato
         "pre": rng.random((sublayers, n)),
         "post": 2 * rng.random((sublayers, n)),
         "stream_norm": growth,
-        "stream_cosine": np.ones(sublayers + 1) if n == 1 else 1 - 0.6 * progress * np.arange(sublayers + 1) / sublayers,
+        "stream_cosine": np.ones(sublayers + 1)
+        if n == 1
+        else 1 - (0.5 + 0.3 * rng.random()) * progress * np.arange(sublayers + 1) / sublayers,
         "max_attention_logit": 5 + rng.random(sublayers // 2),
         "learnable": learnable,
     }
 
 
 def _loss(config: Config, step: int, offset: float) -> float:
-    return offset + 4.4 * float(np.exp(-6 * step / config.train.steps))
+    share = step / config.train.steps
+    return 3.9 + (offset - 3.9) * share + 4.4 * float(np.exp(-6 * share)) + 0.1 * (offset - 3.9) * float(np.sin(9 * share))
 
 
 def _train_row(config: Config, step: int, offset: float, rng: np.random.Generator) -> dict[str, Any]:
@@ -189,5 +193,5 @@ def _summary(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any]:
             "vocab_size": config.model.vocab_size,
             "tokenizer": "fedcba9876543210",
         },
-        "platform": {"device_kind": "cpu", "device_count": 1, "jax": "0.10.2", "python": "3.11.9"},
+        "platform": {"device": "cpu", "devices": 1, "jax": "0.10.2", "python": "3.11.9"},
     }
