@@ -21,8 +21,9 @@ code { padding: .1em .3em; } pre { padding: .8rem; overflow-x: auto; } pre code 
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; } td { white-space: nowrap; } table.text th, table.text td { text-align: left; vertical-align: top; white-space: normal; }
-table.text td { overflow-wrap: normal; }
+th:first-child, td:first-child { text-align: left; }
+td { white-space: nowrap; } table.text td:not(:first-child) { white-space: normal; overflow-wrap: normal; }
+table.text th, table.text td { text-align: left; vertical-align: top; }
 thead th { border-bottom-width: 2px; font-weight: 600; }
 figure { margin: 1rem 0; } figure img { width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: 6px; }
 figcaption { font-size: .92rem; } .note { background: var(--warn); padding: .6rem .9rem; border-radius: 6px; }

@@ -57,7 +57,7 @@ def gain_over_depth_figure(results: Results) -> Figure:
 def matrices_figure(results: Results) -> Figure:
     """H_res of the first, middle and last sublayer and the product of all, for each variant with several streams (first seed)."""
     variants = multi_stream(results)
-    figure = Figure(figsize=(WIDTH, 2.75 * len(variants)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.05 * len(variants)), layout="constrained")
     rows = figure.subfigures(len(variants), 1, squeeze=False)[:, 0]
     for row, variant in zip(rows, variants, strict=True):
         stability = variant.records[0].stability
@@ -65,9 +65,9 @@ def matrices_figure(results: Results) -> Figure:
         row.suptitle(variant.name, x=0.005, ha="left", fontweight="bold")
         panels = row.subplots(1, 4)
         for axes, index in zip(panels, (0, count // 2, count - 1)):
-            trained = "" if stability.learnable[-1, index, RES] else "\n(kept out of training)"
-            _heat_map(axes, stability.res[-1, index], f"sublayer {index + 1}{trained}")
-        _heat_map(panels[3], stability.res_composite[-1, -1], f"product of 1 to {count}")
+            trained = " " if stability.learnable[-1, index, RES] else "(kept out of training)"
+            _heat_map(axes, stability.res[-1, index], f"sublayer {index + 1}\n{trained}")
+        _heat_map(panels[3], stability.res_composite[-1, -1], f"product of 1 to {count}\n ")
     return figure
 
 
@@ -158,7 +158,8 @@ def _heat_map(axes: Axes, matrix: np.ndarray, title: str) -> None:
         ink = "white" if abs(value) > 0.62 * reach else "#222222"
         # Adding 0 turns a rounded -0.00 into 0.00.
         text = f"{round(value, 2) + 0:.2f}" if abs(value) < 10 else significant(value)
-        axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=size)
+        fitting = size if len(text) <= 5 else 0.7 * size
+        axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=fitting)
     axes.set_title(title, fontsize=9.5, loc="center")
     rows, columns = np.abs(matrix.sum(axis=1)).max(), np.abs(matrix.sum(axis=0)).max()
     axes.set_xlabel(f"row sums up to {significant(rows)}\ncolumn sums up to {significant(columns)}", fontsize=8.5)

@@ -7,7 +7,6 @@ from mhc_jax.experiments.results import Results, Variant
 
 # Kinds whose row sums are exact and whose entries are not negative, which bounds the composite gain by the number of streams.
 BOUNDED_KINDS = ("mhc", "identity_hc")
-FREE_KINDS = ("hc", "static_hc")
 ROUNDING = 1e-3  # relative; sums of float32 products over many sublayers
 
 
@@ -70,27 +69,33 @@ def _gap(variant: Variant, baseline: str) -> str:
 
 
 def _gains(results: Results) -> list[str]:
+    kept: list[tuple[str, float, float]] = []  # variants whose bound held, with the largest gains
     lines = []
     for variant in results.variants:
-        record = variant.records[0]
-        kind, streams = record.config.model.residual, record.streams
+        kind, streams = variant.records[0].config.model.residual, variant.records[0].streams
+        forward = variant.largest("gain_forward_max")
+        backward = variant.largest("gain_backward_max")
+        within = max(forward, backward) <= streams * (1 + ROUNDING)
+        gains = f"{formats.significant(forward)} forward and {formats.significant(backward)} backward"
+        reach = f"The composite gain of `{variant.name}` reached {gains}"
         if streams == 1:
             continue
-        forward = max(r.summary.gain_forward_max for r in variant.records)
-        backward = max(r.summary.gain_backward_max for r in variant.records)
-        there, back = formats.significant(forward), formats.significant(backward)
-        reach = f"`{variant.name}`: the composite gain reached {there} forward and {back} backward"
-        bounded = max(forward, backward) <= streams * (1 + ROUNDING)
-        if not math.isfinite(max(forward, backward)):
-            lines.append(f"`{variant.name}`: the composite gain did not stay finite.")
+        if not math.isfinite(forward) or not math.isfinite(backward):
+            lines.append(f"The composite gain of `{variant.name}` did not stay finite.")
+        elif kind in BOUNDED_KINDS and within:
+            kept.append((variant.name, forward, backward))
         elif kind in BOUNDED_KINDS:
-            verdict = (
-                f"bounded, as its exact row sums promise (at most n = {streams})" if bounded else f"above the bound n = {streams}: a defect"
-            )
-            lines.append(f"{reach}; {verdict}.")
-        elif kind in FREE_KINDS:
-            verdict = f"within n = {streams} in this run, though nothing in its form bounds it" if bounded else "not bounded"
-            lines.append(f"{reach}; {verdict}.")
+            lines.append(f"{reach}: above the number of streams, {streams}, which its exact row sums rule out. Something is wrong.")
+        elif within:
+            lines.append(f"{reach}: within the number of streams, {streams}, though nothing in its form bounds it.")
+        else:
+            lines.append(f"{reach}: it is not bounded.")
+    if kept:
+        forward, backward = max(gain for _, gain, _ in kept), max(gain for _, _, gain in kept)
+        lines.append(
+            f"The composite gain of {_names([name for name, _, _ in kept])} stayed at or below {formats.significant(forward)} forward and "
+            f"{formats.significant(backward)} backward: bounded, as exact row sums promise (backward at most the number of streams)."
+        )
     return lines
 
 

@@ -19,9 +19,12 @@ def gap(value: float) -> str:
 
 
 def significant(value: float) -> str:
-    """Three significant digits without an exponent up to a million: 3120, 1.62, 0.0412."""
-    if value == 0 or not 1e-4 <= abs(value) < 1e6:
-        return f"{value:.3g}"
+    """Three significant digits, without an exponent between 0.0001 and a million: 3120, 1.62, 0.0412, 4.51e10."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    if not 1e-4 <= abs(value) < 1e6:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
     decimals = max(0, 2 - math.floor(math.log10(abs(value))))
     return f"{value:.{decimals}f}"
 

@@ -261,7 +261,8 @@ def _read_stability(folder: Path) -> Stability:
 
 def _read_arrays(path: Path, names: list[str]) -> dict[str, np.ndarray]:
     try:
-        with np.load(path) as file:
+        # Opened here, because np.load leaves a file that it cannot make sense of open.
+        with path.open("rb") as stream, np.load(stream) as file:
             arrays = {name: np.asarray(file[name]) for name in file.files}
     except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
         raise UserError(f"{path} is half-written ({error}); delete its folder to run it again") from error

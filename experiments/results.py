@@ -50,6 +50,10 @@ class Variant:
     records: tuple[RunRecord, ...]  # at least one
     statistics: Mapping[str, Statistic]  # AVERAGED, and with a baseline `loss_gap` and `step_time_ratio`
 
+    def largest(self, name: str) -> float:
+        """Largest value of a number of summary.json over seeds; NaN when one was not finite."""
+        return float(np.max([getattr(record.summary, name) for record in self.records]))
+
 
 @dataclass(frozen=True)
 class Missing:

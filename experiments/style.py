@@ -71,7 +71,9 @@ def line_styles(results: Results) -> dict[str, LineStyle]:
         for index, name in enumerate(names):
             light = 0.6 * index / len(names)
             red, green, blue = base + (1 - base) * light
-            styles[name] = LineStyle((red, green, blue), DASHES[index % len(DASHES)], MARKERS[index % len(MARKERS)], WIDTHS[kind])
+            # Dashes are lengths in line widths; this keeps them equally long for wide and narrow lines.
+            dashes = tuple(2 * length / WIDTHS[kind] for length in DASHES[index % len(DASHES)])
+            styles[name] = LineStyle((red, green, blue), dashes, MARKERS[index % len(MARKERS)], WIDTHS[kind])
     return styles
 
 

@@ -94,7 +94,7 @@ def _measured(measure: str, variant: Variant, results: Results, *, named: bool) 
     # The paper compares with the plain residual; a gap to any other baseline would stand beside its numbers for the wrong reason.
     comparable = results.runs.baseline is not None and results.runs.first(results.runs.baseline).config.model.residual == "residual"
     if measure == "gain":
-        text = formats.significant(max(max(r.summary.gain_forward_max, r.summary.gain_backward_max) for r in variant.records))
+        text = formats.significant(max(variant.largest("gain_forward_max"), variant.largest("gain_backward_max")))
     elif not comparable:
         text = formats.NONE
     elif measure == "loss_gap":

@@ -82,7 +82,7 @@ def stability_arrays(config: Config, *, progress: float, rng: np.random.Generato
             res /= res.sum(axis=2, keepdims=True)
         column_error = np.abs(res.sum(axis=1) - 1).max(axis=1)
     elif kind in ("hc", "static_hc"):
-        res = res + progress * (0.12 + 0.22 * rng.standard_normal((sublayers, n, n)))
+        res = res + progress * (0.05 + 0.15 * rng.standard_normal((sublayers, n, n)))
         column_error = np.abs(res.sum(axis=1) - 1).max(axis=1)
     if n > 1:
         res[0] = np.eye(n)  # not trained: the streams are still equal
