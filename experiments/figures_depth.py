@@ -15,7 +15,7 @@ from mhc_jax.experiments.sinkhorn import STDS, reference_curve
 from mhc_jax.experiments.style import WIDTH, LineStyle, draw_marked, draw_seeds, hollow_note, legend, line_styles, log_axis, whole_numbers
 
 RES = 2  # column of `learnable` that speaks of H_res
-FLOOR = 1e-9  # below the resolution of float32 sums; smaller column errors are drawn here
+FLOOR = 1e-9  # below the resolution of float32 sums; smaller column errors are drawn here, and curves leave the frame
 
 
 def multi_stream(results: Results) -> list[Variant]:
@@ -57,13 +57,12 @@ def gain_over_depth_figure(results: Results) -> Figure:
 def matrices_figure(results: Results) -> Figure:
     """H_res of the first, middle and last sublayer and the product of all, for each variant with several streams (first seed)."""
     variants = multi_stream(results)
-    figure = Figure(figsize=(WIDTH, 3.05 * len(variants)), layout="constrained")
-    rows = figure.subfigures(len(variants), 1, squeeze=False)[:, 0]
-    for row, variant in zip(rows, variants, strict=True):
+    figure = Figure(figsize=(WIDTH, 2.9 * len(variants)), layout="constrained")
+    rows = figure.subplots(len(variants), 4, squeeze=False)
+    for panels, variant in zip(rows, variants, strict=True):
         stability = variant.records[0].stability
         count = stability.res.shape[1]
-        row.suptitle(variant.name, x=0.005, ha="left", fontweight="bold")
-        panels = row.subplots(1, 4)
+        panels[0].set_ylabel(variant.name, fontweight="bold", fontsize=11)
         for axes, index in zip(panels, (0, count // 2, count - 1)):
             trained = " " if stability.learnable[-1, index, RES] else "(kept out of training)"
             _heat_map(axes, stability.res[-1, index], f"sublayer {index + 1}\n{trained}")
@@ -112,9 +111,9 @@ def column_error_figure(results: Results) -> Figure:
     axes = figure.subplots()
     connections = variants[0].records[0].config.model.connections
     median, high = reference_curve(connections.streams, connections.sinkhorn_steps)
-    axes.plot(STDS, np.maximum(median, FLOOR), color="#777777", marker=".", linewidth=1.3)
-    axes.plot(STDS, np.maximum(high, FLOOR), color="#777777", marker=".", linewidth=1.3, linestyle="--")
-    axes.axhline(np.finfo(np.float32).eps, color="#bbbbbb", linewidth=1.0, linestyle=":")
+    axes.plot(STDS, np.maximum(median, FLOOR**2), color="#777777", marker=".", linewidth=1.3)
+    axes.plot(STDS, np.maximum(high, FLOOR**2), color="#777777", marker=".", linewidth=1.3, linestyle="--")
+    axes.axhline(float(np.finfo(np.float32).eps), color="#bbbbbb", linewidth=1.0, linestyle=":")
     for variant in variants:
         style = styles[variant.name]
         for record in variant.records:
@@ -122,11 +121,11 @@ def column_error_figure(results: Results) -> Figure:
             faces = [style.color if trained else (1.0, 1.0, 1.0) for trained in stability.learnable[-1, :, RES]]
             error = np.maximum(stability.column_error[-1], FLOOR)
             axes.scatter(stability.logit_std[-1], error, s=34, marker=style.marker, facecolors=faces, edgecolors=[style.color], zorder=3)
-    axes.set(xscale="log", yscale="log", ylim=(FLOOR / 2, 2))
+    axes.set(xscale="log", yscale="log", ylim=(FLOOR / 1.5, 2))
     axes.set_xticks(STDS, [f"{std:g}" for std in STDS])
     axes.minorticks_off()
     axes.set_xlabel("standard deviation of the logits")
-    axes.set_ylabel(f"largest |column sum - 1| (at least {FLOOR:g})")
+    axes.set_ylabel("largest |column sum - 1|")
     axes.set_title(f"What {connections.sinkhorn_steps} Sinkhorn steps leave undone, one point a sublayer (largest over tokens)")
     random = f"random logits, n = {connections.streams}"
     extra = [
@@ -171,4 +170,4 @@ def _heat_map(axes: Axes, matrix: np.ndarray, title: str) -> None:
 def _untrained_band(axes: Axes, record: RunRecord) -> None:
     """Greys the sublayers whose pre or res mapping is kept out of training."""
     for index in np.flatnonzero((record.stability.learnable[-1, :, [0, RES]] == 0).any(axis=0)):
-        axes.axvspan(index, index + 1, color="#dddddd", linewidth=0, zorder=0)
+        axes.axvspan(float(index), float(index) + 1, color="#dddddd", linewidth=0, zorder=0)

@@ -55,7 +55,8 @@ def gradient_figure(results: Results) -> Figure:
     for limit in limits:
         axes.axhline(limit, color="#888888", linewidth=1.2, linestyle="--")
     log_axis(axes, [variant.records[0].train.grad_norm for variant in results.variants], (min(limits), max(limits)))
-    axes.set(title="Gradient norm before clipping (first seed)", xlabel="optimizer step", ylabel="global gradient norm")
+    seeds = " (first seed)" if len(results.records) > len(results.variants) else ""
+    axes.set(title=f"Gradient norm before clipping{seeds}", xlabel="optimizer step", ylabel="global gradient norm")
     note = Line2D([], [], color="#888888", linestyle="--", linewidth=1.2, label="clipped above")
     legend(figure, {v.name: styles[v.name] for v in results.variants}, [note])
     return figure

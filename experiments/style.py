@@ -24,7 +24,7 @@ WIDTHS = {"residual": 3.8, "static_hc": 2.6, "hc": 2.2, "mhc": 2.2, "identity_hc
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.5), (1.5, 1.5), (7, 1.5, 1.5, 1.5), (9, 3))
 MARKERS = ("o", "s", "^", "D", "v")
 
-RC = {
+RC: Any = {  # Any: matplotlib types the keys as a literal of all its settings
     "font.size": 10,
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",

@@ -8,7 +8,7 @@ from fake_run import fake_train, tiny_config
 
 from mhc_jax.config import override
 from mhc_jax.experiments.ablation import ablation
-from mhc_jax.experiments.document import Code, Heading, Items, Paragraph, Table, to_html, to_markdown
+from mhc_jax.experiments.document import Block, Code, Heading, Items, Paragraph, Table, to_html, to_markdown
 from mhc_jax.experiments.figures import FIGURES, render
 from mhc_jax.experiments.report import write_report
 from mhc_jax.experiments.results import load_results
@@ -169,7 +169,13 @@ def test_a_list_of_plain_residuals_draws_no_stream_figures(tmp_path):
 
 
 def test_renderings_escape_what_they_are_given():
-    blocks = [Heading("a < b"), Paragraph("use `x<y` & z"), Items(["one"]), Table(["a", "b"], [["p|q", "1"]]), Code("a = <b>\n")]
+    blocks: list[Block] = [
+        Heading("a < b"),
+        Paragraph("use `x<y` & z"),
+        Items(["one"]),
+        Table(["a", "b"], [["p|q", "1"]]),
+        Code("a = <b>\n"),
+    ]
     html = to_html("<t>", blocks)
     assert "<title>&lt;t&gt;</title>" in html and "<h2>a &lt; b</h2>" in html
     assert "<p>use <code>x&lt;y</code> &amp; z</p>" in html and "<pre><code>a = &lt;b&gt;</code></pre>" in html

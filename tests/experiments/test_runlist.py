@@ -38,7 +38,7 @@ def pair(**changes):
 
 @pytest.mark.usefixtures("without_figures")
 def test_runs_in_order_and_skips_what_is_finished(tmp_path):
-    train, said = Trainer(), []
+    train, said = Trainer(), list[str]()
     results = run_list(pair(), tmp_path, train, say=said.append)
     assert train.called == ["residual-seed0", "mhc-seed0"]
     assert [record.name for record in results.records] == train.called and not results.missing
@@ -54,7 +54,7 @@ def test_a_cut_run_is_reported_as_missing_and_resumed(tmp_path):
         run_list(pair(), tmp_path, Trainer(cut="mhc-seed0"), say=lambda line: None)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["missing"] == ["mhc-seed0"] and list(results["variants"]) == ["residual"]
-    train, said = Trainer(), []
+    train, said = Trainer(), list[str]()
     run_list(pair(), tmp_path, train, say=said.append)
     assert train.called == ["mhc-seed0"]
     assert "mhc-seed0: resumed (2 of 2)" in said
@@ -95,7 +95,8 @@ def test_a_summary_without_a_config_is_refused(tmp_path):
 
 @pytest.mark.usefixtures("without_figures")
 def test_a_run_that_diverged_does_not_stop_the_list(tmp_path):
-    run_list(pair(), tmp_path, lambda config, folder: fake_train(config, folder) | {"loss": None}, say=(said := []).append)
+    said: list[str] = []
+    run_list(pair(), tmp_path, lambda config, folder: fake_train(config, folder) | {"loss": None}, say=said.append)
     assert "mhc-seed0: held-out loss not finite" in said
 
 
