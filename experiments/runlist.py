@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mhc_jax.config import Config
-from mhc_jax.experiments.records import is_finished
+from mhc_jax.experiments.records import is_finished, steps_done
 from mhc_jax.experiments.report import write_report
 from mhc_jax.experiments.results import Results, load_results
 from mhc_jax.experiments.runs import Run, RunList, run_folder, save_runs
@@ -39,8 +39,8 @@ def run_list(runs: RunList, folder: Path, train: Train, *, say: Say = print) -> 
         if run.name in finished:
             say(f"{run.name}: finished before, skipped ({number} of {len(runs.runs)})")
             continue
-        resumed = (run_folder(folder, run) / "config.json").exists()
-        say(f"{run.name}: {'resumed' if resumed else 'started'} ({number} of {len(runs.runs)})")
+        begun = steps_done(run_folder(folder, run)) > 0
+        say(f"{run.name}: {'resumed' if begun else 'started'} ({number} of {len(runs.runs)})")
         loss = train(run.config, run_folder(folder, run))["loss"]
         say(f"{run.name}: held-out loss {'not finite' if loss is None else f'{loss:.4f}'}")
         write_report(folder, say)
