@@ -17,7 +17,7 @@ from mhc_jax.config import ModelConfig
 from mhc_jax.nn.ffn import SwiGLU
 from mhc_jax.nn.loss import next_token_loss
 from mhc_jax.nn.mla import MLA
-from mhc_jax.nn.module import Data, Module, Spec, normal
+from mhc_jax.nn.module import Module, Spec, normal
 from mhc_jax.nn.moe import MoE
 from mhc_jax.nn.norm import inverse_rms, rms_norm, wide
 from mhc_jax.nn.remat import remat
@@ -70,12 +70,12 @@ class Aux(NamedTuple):
 class Layer(Module):
     """Two sublayers, attention and feed-forward, each with its own connection and norm."""
 
-    attention_connection: Data[Connection]
-    attention_norm: Data[Float[Array, "C"]]
-    attention: Data[MLA]
-    ffn_connection: Data[Connection]
-    ffn_norm: Data[Float[Array, "C"]]
-    ffn: Data[SwiGLU | MoE]
+    attention_connection: Connection
+    attention_norm: Float[Array, "C"]
+    attention: MLA
+    ffn_connection: Connection
+    ffn_norm: Float[Array, "C"]
+    ffn: SwiGLU | MoE
 
     SPECS: ClassVar = {"attention_norm": Spec((None,)), "ffn_norm": Spec((None,))}
 
@@ -94,9 +94,9 @@ class Layer(Module):
 class Head(Module):
     """V4's learned collapse: sigmoid weights predicted from all streams (DeepSeek-V4, arXiv 2606.19348)."""
 
-    phi: Data[Float[Array, "n n*C"]]
-    bias: Data[Float[Array, "n"]]
-    alpha: Data[Float[Array, "1"]]
+    phi: Float[Array, "n n*C"]
+    bias: Float[Array, "n"]
+    alpha: Float[Array, "1"]
 
     SPECS: ClassVar = {"phi": Spec((None, "stream_embed"), decay=True), "bias": Spec((None,)), "alpha": Spec((None,))}
 
@@ -115,12 +115,12 @@ class Head(Module):
 class Decoder(Module):
     """All parameters of the network, float32."""
 
-    embedding: Data[Float[Array, "V C"]]
-    dense_layers: Data[Layer | None]  # stacked
-    moe_layers: Data[Layer | None]  # stacked
-    head: Data[Head | None]
-    final_norm: Data[Float[Array, "C"]]
-    unembed: Data[Float[Array, "C V"]]
+    embedding: Float[Array, "V C"]
+    dense_layers: Layer | None  # stacked
+    moe_layers: Layer | None  # stacked
+    head: Head | None
+    final_norm: Float[Array, "C"]
+    unembed: Float[Array, "C V"]
 
     SPECS: ClassVar = {
         "embedding": Spec(("vocab", "embed"), decay=True),

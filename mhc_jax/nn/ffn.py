@@ -5,7 +5,7 @@ from typing import ClassVar
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from mhc_jax.nn.module import Data, Module, Spec, normal
+from mhc_jax.nn.module import Module, Spec, normal
 
 
 def gated(x: Float[Array, "... 2*F"]) -> Float[Array, "... F"]:
@@ -17,8 +17,8 @@ def gated(x: Float[Array, "... 2*F"]) -> Float[Array, "... F"]:
 class SwiGLU(Module):
     """out(silu(x gate) * (x up)); the gate and up matrices lie side by side in `inner`."""
 
-    inner: Data[Float[Array, "C 2*F"]]
-    out: Data[Float[Array, "F C"]]
+    inner: Float[Array, "C 2*F"]
+    out: Float[Array, "F C"]
 
     SPECS: ClassVar = {"inner": Spec(("embed", "hidden"), decay=True), "out": Spec(("hidden", "embed"), decay=True)}
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mhc_jax.config import AttentionConfig, ModelConfig
 from mhc_jax.nn.attention import causal_attention
-from mhc_jax.nn.module import Data, Module, Spec, normal
+from mhc_jax.nn.module import Module, Spec, normal
 from mhc_jax.nn.norm import rms_norm
 from mhc_jax.nn.rotary import rotate, softmax_temperature
 
@@ -19,15 +19,15 @@ from mhc_jax.nn.rotary import rotate, softmax_temperature
 class MLA(Module):
     """Projections of latent attention; H heads of D unrotated, R rotated and V value dimensions, latents of K (and Q) dimensions."""
 
-    query: Data[Float[Array, "C H D+R"] | None]  # full-rank queries, or
-    query_down: Data[Float[Array, "C Q"] | None]  # queries through a latent
-    query_norm: Data[Float[Array, "Q"] | None]
-    query_up: Data[Float[Array, "Q H D+R"] | None]
-    latent: Data[Float[Array, "C K+R"]]  # key-value latent, and the rotated key shared by all heads
-    latent_norm: Data[Float[Array, "K"]]
-    expand: Data[Float[Array, "K H D+V"]]  # latent to keys and values
-    out: Data[Float[Array, "H V C"]]
-    qk_scales: Data[Float[Array, "2 D+R"] | None]  # weights of the optional query and key norms
+    query: Float[Array, "C H D+R"] | None  # full-rank queries, or
+    query_down: Float[Array, "C Q"] | None  # queries through a latent
+    query_norm: Float[Array, "Q"] | None
+    query_up: Float[Array, "Q H D+R"] | None
+    latent: Float[Array, "C K+R"]  # key-value latent, and the rotated key shared by all heads
+    latent_norm: Float[Array, "K"]
+    expand: Float[Array, "K H D+V"]  # latent to keys and values
+    out: Float[Array, "H V C"]
+    qk_scales: Float[Array, "2 D+R"] | None  # weights of the optional query and key norms
 
     SPECS: ClassVar = {
         "query": Spec(("embed", "heads", None), decay=True),

@@ -1,8 +1,8 @@
 """The base of every module: a container of parameters that is a JAX pytree. The only file that knows Flax.
 
-Modules hold float32 arrays and static settings, have no hidden state, and are transformed with `jax.jit`, `jax.grad`, `jax.lax.scan` and
-`jax.checkpoint` directly. Each class declares its parameters once, in `SPECS`: what their axes are called (for sharding) and whether
-they decay. No maths lives here.
+Modules hold float32 arrays, other modules and static settings, have no hidden state, and are transformed with `jax.jit`, `jax.grad`,
+`jax.lax.scan` and `jax.checkpoint` directly. Each class declares its parameters once, in `SPECS`: what their axes are called (for
+sharding) and whether they decay. No maths lives here.
 """
 
 from collections.abc import Iterator
@@ -13,8 +13,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
-
-Data = nnx.Data  # marks an attribute as a parameter or submodule: `weight: Data[Float[Array, "C F"]]`
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Spec:
 
 
 class Module(nnx.Module):
-    """A pytree of parameters and submodules. Subclasses annotate them with `Data[...]` and describe parameters in `SPECS`."""
+    """A pytree whose leaves are the arrays among its attributes and those of its submodules. Subclasses describe them in `SPECS`."""
 
     SPECS: ClassVar[dict[str, Spec]] = {}
     STACKS: ClassVar[tuple[str, ...]] = ()  # submodules that are many layers stacked along axis 0

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from mhc_jax.config import ModelConfig, MoEConfig
 from mhc_jax.nn.experts import routed_swiglu
 from mhc_jax.nn.ffn import SwiGLU
-from mhc_jax.nn.module import Data, Module, Spec, normal
+from mhc_jax.nn.module import Module, Spec, normal
 from mhc_jax.nn.norm import wide
 from mhc_jax.parallel.rules import Rules
 from mhc_jax.parallel.shards import on_token_shards
@@ -79,10 +79,10 @@ def updated_bias(bias: Float[Array, "*L E"], load: Int[Array, "*L E"], rate: flo
 class MoE(Module):
     """Shared experts that every token visits, held as one wide SwiGLU, and routed experts."""
 
-    router: Data[Float[Array, "C E"]]
-    inner: Data[Float[Array, "E C 2*F"]]
-    out: Data[Float[Array, "E F C"]]
-    shared: Data[SwiGLU | None]
+    router: Float[Array, "C E"]
+    inner: Float[Array, "E C 2*F"]
+    out: Float[Array, "E F C"]
+    shared: SwiGLU | None
 
     SPECS: ClassVar = {
         "router": Spec(("embed", None), decay=True),

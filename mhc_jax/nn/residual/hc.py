@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mhc_jax.config import ModelConfig
-from mhc_jax.nn.module import Data, Spec
+from mhc_jax.nn.module import Spec
 from mhc_jax.nn.norm import rms_norm, wide
 from mhc_jax.nn.residual.socket import Connection
 from mhc_jax.nn.residual.streams import Coefficients
@@ -27,7 +27,7 @@ def initial_bias(n: int, sublayer: Int[Array, ""]) -> Float[Array, "n*(n+2)"]:
 class StaticHC(Connection):
     """Learned constants for every sublayer. Entries of bias: n for pre, n for post, n*n for res (row-major)."""
 
-    bias: Data[Float[Array, "n*(n+2)"]]
+    bias: Float[Array, "n*(n+2)"]
 
     SPECS: ClassVar = {"bias": Spec((None,))}
     LEARNS_FROM_EQUAL_STREAMS: ClassVar = (False, True, True)
@@ -53,9 +53,9 @@ class HC(Connection):
     Rows of theta: 1 for pre, 1 for post, n for res. Entries of bias as in `StaticHC`.
     """
 
-    theta: Data[Float[Array, "n+2 C"]]
-    bias: Data[Float[Array, "n*(n+2)"]]
-    alpha: Data[Float[Array, "3"]]  # gates of pre, post, res
+    theta: Float[Array, "n+2 C"]
+    bias: Float[Array, "n*(n+2)"]
+    alpha: Float[Array, "3"]  # gates of pre, post, res
 
     SPECS: ClassVar = {"theta": Spec((None, "embed"), decay=True), "bias": Spec((None,)), "alpha": Spec((None,))}
     LEARNS_FROM_EQUAL_STREAMS: ClassVar = (False, True, True)

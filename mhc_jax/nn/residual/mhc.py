@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mhc_jax.config import ModelConfig
-from mhc_jax.nn.module import Data, Spec
+from mhc_jax.nn.module import Spec
 from mhc_jax.nn.norm import inverse_rms, wide
 from mhc_jax.nn.residual.sinkhorn import sinkhorn
 from mhc_jax.nn.residual.socket import Connection
@@ -50,9 +50,9 @@ def pre_bias(n: int, sublayer: Int[Array, ""]) -> Float[Array, "n"]:
 class MHC(Connection):
     """Manifold-constrained hyper-connections. Rows of phi and entries of bias: n for pre, n for post, n*n for res (row-major)."""
 
-    phi: Data[Float[Array, "n*(n+2) n*C"]]
-    bias: Data[Float[Array, "n*(n+2)"]]
-    alpha: Data[Float[Array, "3"]]  # gates of pre, post, res
+    phi: Float[Array, "n*(n+2) n*C"]
+    bias: Float[Array, "n*(n+2)"]
+    alpha: Float[Array, "3"]  # gates of pre, post, res
 
     SPECS: ClassVar = {"phi": Spec((None, "stream_embed"), decay=True), "bias": Spec((None,)), "alpha": Spec((None,))}
     LEARNS_FROM_EQUAL_STREAMS: ClassVar = (False, True, False)
@@ -88,9 +88,9 @@ class MHC(Connection):
 class IdentityHC(Connection):
     """mHC's pre and post with H_res = I: the control that tells what mixing adds. Rows of phi: n for pre, n for post."""
 
-    phi: Data[Float[Array, "2*n n*C"]]
-    bias: Data[Float[Array, "2*n"]]
-    alpha: Data[Float[Array, "2"]]  # gates of pre, post
+    phi: Float[Array, "2*n n*C"]
+    bias: Float[Array, "2*n"]
+    alpha: Float[Array, "2"]  # gates of pre, post
 
     SPECS: ClassVar = MHC.SPECS
     LEARNS_FROM_EQUAL_STREAMS: ClassVar = (False, True)
