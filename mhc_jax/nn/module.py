@@ -33,6 +33,10 @@ class Module(nnx.Module):
     SPECS: ClassVar[dict[str, Spec]] = {}
     STACKS: ClassVar[tuple[str, ...]] = ()  # submodules that are many layers stacked along axis 0
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Flax recognises arrays by itself, but not the tracers of a module that is constructed under `jax.vmap`.
+        super().__setattr__(name, nnx.data(value) if isinstance(value, (jax.Array, Module)) else value)
+
 
 def specs(model: Module) -> Any:
     """A pytree like `model` with a `Spec` in the place of every parameter."""
