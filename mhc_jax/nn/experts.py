@@ -17,15 +17,15 @@ from jaxtyping import Array, Float, Int
 
 from mhc_jax.nn.ffn import gated
 
-BLOCK = 64  # rows; half a block is lost to padding per expert, and smaller blocks make slower products
+BLOCK = 128  # rows; half a block is lost to padding per expert, and smaller blocks make slower products
 
 
 def routed_swiglu(
     x: Float[Array, "T C"],
     experts: Int[Array, "T k"],
     weights: Float[Array, "T k"],
-    inner: Float[Array, "E C 2*F"],
-    out: Float[Array, "E F C"],
+    inner: Float[Array, "E C gate_up"],
+    out: Float[Array, "E gate_up//2 C"],
 ) -> Float[Array, "T C"]:
     """Sum over a token's k experts of weight * SwiGLU_expert(x), in x's type with a float32 or wider sum."""
     return jax.lax.platform_dependent(

@@ -1,7 +1,10 @@
 """Next-token cross-entropy that never holds the logits of all tokens at once."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mhc_jax.nn.norm import wide
@@ -14,27 +17,68 @@ def next_token_loss(
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Summed cross-entropy in nats over positions whose target is not IGNORED, and their number.
 
-    Logits, float32 or wider, exist for `chunk` positions of each sequence at a time; the backward pass computes them again.
+    Logits, float32 or wider, exist for `chunk` positions of each sequence at a time.
     """
-    batch, length, _ = hidden.shape
-    chunk = min(chunk, length)
-    pad = -length % chunk
-    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, pad)), constant_values=IGNORED)
-    pieces = (
-        hidden.reshape(batch, -1, chunk, hidden.shape[-1]).swapaxes(0, 1),
-        targets.reshape(batch, -1, chunk).swapaxes(0, 1),
-    )
+    return _summed_loss(hidden, unembed, targets, min(chunk, hidden.shape[1])), (targets != IGNORED).sum()
 
-    @jax.checkpoint
-    def of_piece(hidden, targets, unembed):
-        logits = wide(jnp.matmul(hidden, unembed.astype(hidden.dtype), preferred_element_type=wide(hidden[:0]).dtype))
-        valid = targets != IGNORED
-        own = jnp.take_along_axis(logits, jnp.where(valid, targets, 0)[..., None], axis=-1)[..., 0]
-        return jnp.where(valid, jax.nn.logsumexp(logits, axis=-1) - own, 0).sum()
 
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _summed_loss(hidden, unembed, targets, chunk):
     def step(total, piece):
-        return total + of_piece(*piece, unembed), None
+        return total + _of_piece(*piece, unembed)[0], None
 
-    total, _ = jax.lax.scan(step, jnp.zeros((), wide(hidden[:0]).dtype), pieces)
-    return total, (targets != IGNORED).sum()
+    total, _ = jax.lax.scan(step, _zero(hidden), _pieces(hidden, targets, chunk))
+    return total
+
+
+# The loss is the last thing that a forward pass computes, so its gradient is computed on the spot, while a piece's logits exist, instead
+# of computing them a second time in the backward pass. It is scaled by the incoming cotangent there.
+
+
+def _summed_loss_fwd(hidden, unembed, targets, chunk):
+    def step(carry, piece):
+        total, d_unembed = carry
+        h, t = piece
+        loss, d_logits = _of_piece(h, t, unembed)
+        d_hidden = jnp.einsum("bsv,cv->bsc", d_logits, unembed.astype(h.dtype))
+        d_unembed += jnp.einsum("bsc,bsv->cv", h, d_logits, preferred_element_type=d_unembed.dtype)
+        return (total + loss, d_unembed), d_hidden
+
+    (total, d_unembed), d_hidden = jax.lax.scan(
+        step, (_zero(hidden), jnp.zeros_like(unembed)), _pieces(hidden, targets, chunk)
+    )
+    d_hidden = d_hidden.swapaxes(0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])[:, : hidden.shape[1]]
+    return total, (d_hidden, d_unembed)
+
+
+def _summed_loss_bwd(chunk, saved, g):
+    d_hidden, d_unembed = saved
+    targets = np.zeros(d_hidden.shape[:2], jax.dtypes.float0)
+    return (g * d_hidden).astype(d_hidden.dtype), g * d_unembed, targets
+
+
+_summed_loss.defvjp(_summed_loss_fwd, _summed_loss_bwd)
+
+
+def _of_piece(hidden: Float[Array, "B s C"], targets: Int[Array, "B s"], unembed: Float[Array, "C V"]):
+    """Summed loss of a piece, and its gradient with respect to the logits in the compute dtype."""
+    logits = jnp.matmul(hidden, unembed.astype(hidden.dtype), preferred_element_type=wide(hidden[:0]).dtype)
+    valid = (targets != IGNORED)[..., None]
+    own = jnp.arange(logits.shape[-1]) == targets[..., None]
+    log_total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    loss = jnp.where(valid, log_total - jnp.where(own, logits, 0).sum(axis=-1, keepdims=True), 0).sum()
+    d_logits = jnp.where(valid, jnp.exp(logits - log_total) - own, 0).astype(hidden.dtype)
+    return loss, d_logits
+
+
+def _pieces(hidden, targets, chunk):
+    """Chunks of positions along a new leading axis; the last one is filled up with ignored positions."""
+    batch, length, width = hidden.shape
+    fill = -length % chunk
+    hidden = jnp.pad(hidden, ((0, 0), (0, fill), (0, 0))).reshape(batch, -1, chunk, width).swapaxes(0, 1)
+    targets = jnp.pad(targets, ((0, 0), (0, fill)), constant_values=IGNORED).reshape(batch, -1, chunk).swapaxes(0, 1)
+    return hidden, targets
+
+
+def _zero(hidden):
+    return jnp.zeros((), wide(hidden[:0]).dtype)
