@@ -5,6 +5,7 @@ last and in this process, so that neither threads nor workers change what the ba
 """
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -100,7 +101,7 @@ def heldout_batches(prepared: Prepared, *, seq_len: int, sequences: int, batch_s
     ]
 
 
-def _documents(records: Any, prepared: Prepared) -> grain.MapDataset[Any]:
+def _documents(records: Path, prepared: Prepared) -> grain.MapDataset[Any]:
     source = grain.sources.ArrayRecordDataSource(str(records))
     return grain.MapDataset.source(source).map(partial(token_pairs, dtype=prepared.token_dtype))
 

@@ -15,7 +15,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Int64
 
 from mhc_jax.config import DataConfig
-from mhc_jax.data.corpus import Document, File, read_documents, scan, split
+from mhc_jax.data.corpus import Corpus, Document, File, read_documents, scan, split
 from mhc_jax.data.prepared import MANIFEST, Prepared, read_manifest, write_manifest
 from mhc_jax.data.tokenizer import TextTokenizer, check_trainable, load_tokenizer, train_tokenizer
 from mhc_jax.errors import UserError
@@ -65,28 +65,7 @@ def prepare(data: DataConfig, vocab_size: int, cache: Path | None = None, progre
                 say(f"training a tokenizer of {vocab_size} tokens on {len(train_files)} files of {data.source}")
             tokenizer = given or train_tokenizer((document.text for document in read_documents(train_files)), vocab_size)
             say(f"tokenising {len(corpus.files)} files of {data.source}")
-            (temporary / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
-            bits = 16 if tokenizer.size <= 1 << 16 else 32
-            train = _write_records(temporary / "train.array_record", train_files, tokenizer, bits)
-            heldout = _write_records(temporary / "heldout.array_record", heldout_files, tokenizer, bits)
-            write_manifest(
-                Prepared(
-                    folder=temporary,
-                    source=data.source,
-                    fingerprint=corpus.fingerprint,
-                    tokenizer_fingerprint=tokenizer.fingerprint,
-                    vocab_size=tokenizer.size,
-                    end_of_text=tokenizer.end_of_text,
-                    token_bits=bits,
-                    train_documents=train.documents,
-                    heldout_documents=heldout.documents,
-                    skipped_files=corpus.skipped,
-                    train_tokens=train.tokens,
-                    heldout_tokens=heldout.tokens,
-                    heldout_unigram_entropy=unigram_entropy(heldout.frequencies),
-                    bytes_per_token=heldout.bytes / heldout.tokens,
-                )
-            )
+            _write_folder(temporary, corpus, train_files, heldout_files, tokenizer)
             _rename(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -101,6 +80,30 @@ def unigram_entropy(frequencies: Int64[np.ndarray, " vocab"]) -> float:
     seen = frequencies[frequencies > 0]
     share = seen / seen.sum()
     return float(-(share * np.log(share)).sum())
+
+
+def _write_folder(folder: Path, corpus: Corpus, train_files: list[File], heldout_files: list[File], tokenizer: TextTokenizer) -> None:
+    (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
+    bits = 16 if tokenizer.size <= 1 << 16 else 32
+    train = _write_records(folder / "train.array_record", train_files, tokenizer, bits)
+    heldout = _write_records(folder / "heldout.array_record", heldout_files, tokenizer, bits)
+    prepared = Prepared(
+        folder=folder,
+        source=corpus.source,
+        fingerprint=corpus.fingerprint,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.size,
+        end_of_text=tokenizer.end_of_text,
+        token_bits=bits,
+        train_documents=train.documents,
+        heldout_documents=heldout.documents,
+        skipped_files=corpus.skipped,
+        train_tokens=train.tokens,
+        heldout_tokens=heldout.tokens,
+        heldout_unigram_entropy=unigram_entropy(heldout.frequencies),
+        bytes_per_token=heldout.bytes / heldout.tokens,
+    )
+    write_manifest(prepared)
 
 
 @dataclass(frozen=True)
