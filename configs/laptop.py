@@ -28,6 +28,6 @@ def laptop() -> Config:
             loss_chunk=64,
         ),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=30),
-        data=DataConfig(seq_len=256),
+        data=DataConfig(seq_len=128),
         train=TrainConfig(steps=300, batch_size=16, eval_every=50, eval_sequences=16, checkpoint_every=100),
     )

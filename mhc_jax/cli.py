@@ -171,7 +171,9 @@ def _prepare_jax() -> None:
     import jax
 
     from mhc_jax.data.prepare import cache_root
+    from mhc_jax.train.host_memory import keep_freed_memory
 
+    keep_freed_memory()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

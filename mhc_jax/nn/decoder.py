@@ -107,7 +107,7 @@ class Head(Module):
         self.alpha = jnp.full(1, config.connections.gate_init)
         self.norm_eps: float = config.norm_eps
 
-    def __call__(self, x: Float[Array, "B S n*C"]) -> Float[Array, "n T"]:
+    def __call__(self, x: Float[Array, "B S nC"]) -> Float[Array, "n T"]:
         alpha = jnp.broadcast_to(self.alpha, self.bias.shape)
         return jax.nn.sigmoid(projected(x, self.phi, alpha, self.bias, self.norm_eps))
 
@@ -155,7 +155,7 @@ class Decoder(Module):
         return 1 if self.config.residual == "residual" else self.config.connections.streams
 
 
-def learnable_mappings(config: ModelConfig) -> Float[np.ndarray, "2*L 3"]:
+def learnable_mappings(config: ModelConfig) -> Float[np.ndarray, "sublayers 3"]:
     """0 where the pre, post or res mapping of a sublayer cannot learn because all streams are still equal there, 1 elsewhere."""
     table = np.ones((2 * config.num_layers, 3), np.float32)
     learns = CONNECTIONS[config.residual].LEARNS_FROM_EQUAL_STREAMS
@@ -259,7 +259,7 @@ def _sublayer(x, connection: Connection, f, n: int, trace: bool):
     return write(x, y, coefficients), report, _trace(x, coefficients, n) if trace else None
 
 
-def _trace(x: Float[Array, "B S n*C"], c: Coefficients, n: int) -> SublayerTrace:
+def _trace(x: Float[Array, "B S nC"], c: Coefficients, n: int) -> SublayerTrace:
     length = x.shape[1]
     ones = jnp.ones((n, length))
     identity = jnp.broadcast_to(jnp.eye(n)[..., None], (n, n, length))
@@ -274,7 +274,7 @@ def _trace(x: Float[Array, "B S n*C"], c: Coefficients, n: int) -> SublayerTrace
     )
 
 
-def _stream_statistics(x: Float[Array, "B S n*C"], n: int) -> tuple[Float[Array, "n"], Float[Array, ""]]:
+def _stream_statistics(x: Float[Array, "B S nC"], n: int) -> tuple[Float[Array, "n"], Float[Array, ""]]:
     """Root mean square of each stream and the mean cosine between different streams, over the first sequence."""
     streams = jnp.stack(split(wide(x[0]), n))
     rms = jnp.sqrt(jnp.mean(jnp.square(streams), axis=(1, 2)))

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from mhc_jax.nn.module import Module, Spec, normal
 
 
-def gated(x: Float[Array, "... 2*F"]) -> Float[Array, "... F"]:
+def gated(x: Float[Array, "... gate_up"]) -> Float[Array, "... gate_up//2"]:
     """silu(gate) * up, of the two halves of the last axis."""
     half = x.shape[-1] // 2
     return jax.nn.silu(x[..., :half]) * x[..., half:]

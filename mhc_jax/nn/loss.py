@@ -9,17 +9,15 @@ from jaxtyping import Array, Float, Int
 
 from mhc_jax.nn.norm import wide
 
-IGNORED = -1  # target of a position that has no next token in its document
-
 
 def next_token_loss(
     hidden: Float[Array, "B S C"], unembed: Float[Array, "C V"], targets: Int[Array, "B S"], chunk: int
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Summed cross-entropy in nats over positions whose target is not IGNORED, and their number.
+    """Summed cross-entropy in nats over positions with a target, and their number. A negative target is none.
 
     Logits, float32 or wider, exist for `chunk` positions of each sequence at a time.
     """
-    return _summed_loss(hidden, unembed, targets, min(chunk, hidden.shape[1])), (targets != IGNORED).sum()
+    return _summed_loss(hidden, unembed, targets, min(chunk, hidden.shape[1])), (targets >= 0).sum()
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -63,7 +61,7 @@ _summed_loss.defvjp(_summed_loss_fwd, _summed_loss_bwd)
 def _of_piece(hidden: Float[Array, "B s C"], targets: Int[Array, "B s"], unembed: Float[Array, "C V"]):
     """Summed loss of a piece, and its gradient with respect to the logits in the compute dtype."""
     logits = jnp.matmul(hidden, unembed.astype(hidden.dtype), preferred_element_type=wide(hidden[:0]).dtype)
-    valid = (targets != IGNORED)[..., None]
+    valid = (targets >= 0)[..., None]
     own = jnp.arange(logits.shape[-1]) == targets[..., None]
     log_total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     loss = jnp.where(valid, log_total - jnp.where(own, logits, 0).sum(axis=-1, keepdims=True), 0).sum()
@@ -72,11 +70,11 @@ def _of_piece(hidden: Float[Array, "B s C"], targets: Int[Array, "B s"], unembed
 
 
 def _pieces(hidden, targets, chunk):
-    """Chunks of positions along a new leading axis; the last one is filled up with ignored positions."""
+    """Chunks of positions along a new leading axis; the last one is filled up with positions that have no target."""
     batch, length, width = hidden.shape
     fill = -length % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, fill), (0, 0))).reshape(batch, -1, chunk, width).swapaxes(0, 1)
-    targets = jnp.pad(targets, ((0, 0), (0, fill)), constant_values=IGNORED).reshape(batch, -1, chunk).swapaxes(0, 1)
+    targets = jnp.pad(targets, ((0, 0), (0, fill)), constant_values=-1).reshape(batch, -1, chunk).swapaxes(0, 1)
     return hidden, targets
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from mhc_jax.config import RopeConfig
 
 
-def frequencies(dim: int, rope: RopeConfig) -> Float[np.ndarray, "dim/2"]:
+def frequencies(dim: int, rope: RopeConfig) -> Float[np.ndarray, "{dim}//2"]:
     """Radians per position of each rotated pair, float64.
 
     With YaRN, pairs that turn more than `beta_fast` times within the original context keep their frequency, pairs that turn less than

@@ -21,6 +21,8 @@ def on_token_shards(f: Callable[..., Array], rules: Rules, *, tokens: int) -> Ca
             return f(*args)
         split = rules.spec("batch")
         in_specs = tuple(split if i < tokens else PartitionSpec() for i in range(len(args)))
-        return jax.shard_map(f, in_specs=in_specs, out_specs=split)(*args)
+        # The check that tracks which values vary over devices is off: hand-written gradients would have to speak its language, which
+        # changes between JAX releases. Sums over shards are where the specs say: in the gradients of arguments that are not split.
+        return jax.shard_map(f, in_specs=in_specs, out_specs=split, check_vma=False)(*args)
 
     return sharded

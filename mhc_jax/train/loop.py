@@ -57,20 +57,21 @@ def train(config: Config, folder: Path, *, say: Callable[[str], None] = print, p
     mesh, rules = make_mesh(config.mesh), Rules()
     data = prepare(config.data, config.model.vocab_size, progress=say)
     place = partial(jax.make_array_from_process_local_data, NamedSharding(mesh, rules.spec("batch", None)))
-    share = config.train.batch_size // jax.process_count()
+    index, processes = jax.process_index(), jax.process_count()
+    share = config.train.batch_size // processes
     batches = training_batches(
         data,
         seq_len=config.data.seq_len,
         batch_size=share,
         seed=config.train.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=index,
+        process_count=processes,
         read_threads=config.data.read_threads,
         workers=config.data.workers,
     )
     eval_size = math.gcd(config.train.eval_sequences, config.train.batch_size // config.train.microbatches)
-    heldout = [
-        {name: place(x) for name, x in batch.items()}
+    heldout = [  # the same rows in every process, which places its share
+        {name: place(np.split(x, processes)[index]) for name, x in batch.items()}
         for batch in heldout_batches(data, seq_len=config.data.seq_len, sequences=config.train.eval_sequences, batch_size=eval_size)
     ]
 

@@ -19,7 +19,7 @@ from mhc_jax.nn.residual.socket import Connection
 from mhc_jax.nn.residual.streams import Coefficients
 
 
-def initial_bias(n: int, sublayer: Int[Array, ""]) -> Float[Array, "n*(n+2)"]:
+def initial_bias(n: int, sublayer: Int[Array, ""]) -> Float[Array, "{n}*({n}+2)"]:
     """pre one-hot, post ones, H_res identity, in that order."""
     return jnp.concatenate([jax.nn.one_hot(sublayer % n, n), jnp.ones(n), jnp.eye(n).reshape(-1)])
 
@@ -41,7 +41,7 @@ class StaticHC(Connection):
         n = self.streams
         return {"bias": (n, n, n * n)}
 
-    def coefficients(self, x: Float[Array, "B S n*C"]) -> Coefficients:
+    def coefficients(self, x: Float[Array, "B S nC"]) -> Coefficients:
         n, tokens = self.streams, x.shape[0] * x.shape[1]
         bias = jnp.broadcast_to(self.bias[:, None], (n * (n + 2), tokens))
         return Coefficients(bias[:n], bias[n : 2 * n], bias[2 * n :].reshape(n, n, tokens))
@@ -72,7 +72,7 @@ class HC(Connection):
         n = self.streams
         return {"theta": (1, 1, n), "bias": (n, n, n * n), "alpha": (1, 1, 1)}
 
-    def coefficients(self, x: Float[Array, "B S n*C"]) -> Coefficients:
+    def coefficients(self, x: Float[Array, "B S nC"]) -> Coefficients:
         n = self.streams
         streams = wide(x.reshape(-1, n, x.shape[-1] // n))
         normed = rms_norm(streams, None, self.norm_eps)

@@ -28,7 +28,7 @@ PRE_FAVOURED = 0.7  # initial share that a sublayer reads from its favoured stre
 
 
 def projected(
-    x: Float[Array, "B S n*C"], phi: Float[Array, "K n*C"], alpha: Float[Array, "K"], bias: Float[Array, "K"], eps: float
+    x: Float[Array, "B S nC"], phi: Float[Array, "K nC"], alpha: Float[Array, "K"], bias: Float[Array, "K"], eps: float
 ) -> Float[Array, "K T"]:
     """alpha * (phi . x / rms(x)) + bias for every token, float32 or wider (Eq. 14-16).
 
@@ -71,7 +71,7 @@ class MHC(Connection):
         n = self.streams
         return {"phi": (n, n, n * n), "bias": (n, n, n * n), "alpha": (1, 1, 1)}
 
-    def coefficients(self, x: Float[Array, "B S n*C"]) -> Coefficients:
+    def coefficients(self, x: Float[Array, "B S nC"]) -> Coefficients:
         n = self.streams
         logits = projected(
             x, self.phi, jnp.repeat(self.alpha, np.array([n, n, n * n]), total_repeat_length=n * (n + 2)), self.bias, self.norm_eps
@@ -107,7 +107,7 @@ class IdentityHC(Connection):
         n = self.streams
         return {"phi": (n, n), "bias": (n, n), "alpha": (1, 1)}
 
-    def coefficients(self, x: Float[Array, "B S n*C"]) -> Coefficients:
+    def coefficients(self, x: Float[Array, "B S nC"]) -> Coefficients:
         n = self.streams
         logits = projected(x, self.phi, jnp.repeat(self.alpha, n), self.bias, self.norm_eps)
         return Coefficients(pre=jax.nn.sigmoid(logits[:n]), post=2 * jax.nn.sigmoid(logits[n:]), res=None)

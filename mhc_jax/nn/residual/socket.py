@@ -22,7 +22,7 @@ class Connection(Module):
     # network. Where it has none, what comes out is rounding noise, which Adam with a tiny epsilon would turn into full steps.
     LEARNS_FROM_EQUAL_STREAMS: ClassVar[tuple[bool, ...]] = ()
 
-    def coefficients(self, x: Float[Array, "B S n*C"]) -> Coefficients:
+    def coefficients(self, x: Float[Array, "B S nC"]) -> Coefficients:
         """The mappings for every token, float32 or wider."""
         raise NotImplementedError
 
@@ -30,7 +30,7 @@ class Connection(Module):
         """How axis 0 of each parameter divides into the mappings of LEARNS_FROM_EQUAL_STREAMS."""
         raise NotImplementedError
 
-    def update_mask(self, first: Bool[Array, "L"]) -> dict[str, Float[Array, "L K"]]:
+    def update_mask(self, first: Bool[Array, "L"]) -> dict[str, Float[Array, "L _"]]:
         """1 where a parameter of the L stacked sublayers may be updated, 0 at the first sublayer's mappings that cannot learn."""
         masks = {}
         for name, sizes in self.groups().items():

@@ -21,17 +21,17 @@ class Coefficients(NamedTuple):
     logits: Float[Array, "n n T"] | None = None  # of H_res before Sinkhorn, where there are such
 
 
-def expand(x: Float[Array, "B S C"], n: int) -> Float[Array, "B S n*C"]:
+def expand(x: Float[Array, "B S C"], n: int) -> Float[Array, "B S {n}*C"]:
     """n equal streams."""
     return jnp.tile(x, (1, 1, n))
 
 
-def split(x: Float[Array, "... n*C"], n: int) -> list[Float[Array, "... C"]]:
+def split(x: Float[Array, "... nC"], n: int) -> list[Float[Array, "... C"]]:
     """The n streams."""
     return jnp.split(x, n, axis=-1)
 
 
-def read(x: Float[Array, "B S n*C"], coefficients: Coefficients) -> Float[Array, "B S C"]:
+def read(x: Float[Array, "B S nC"], coefficients: Coefficients) -> Float[Array, "B S C"]:
     """pre x: the sublayer's input, in x's type."""
     pre = coefficients.pre
     if pre is None:
@@ -40,7 +40,7 @@ def read(x: Float[Array, "B S n*C"], coefficients: Coefficients) -> Float[Array,
     return sum(w * wide(s) for w, s in zip(weights, split(x, len(weights)))).astype(x.dtype)
 
 
-def write(x: Float[Array, "B S n*C"], y: Float[Array, "B S C"], coefficients: Coefficients) -> Float[Array, "B S n*C"]:
+def write(x: Float[Array, "B S nC"], y: Float[Array, "B S C"], coefficients: Coefficients) -> Float[Array, "B S nC"]:
     """H_res x + post^T y: the streams after a sublayer with output y, in x's type."""
     post, res = coefficients.post, coefficients.res
     if post is None:
@@ -57,6 +57,6 @@ def write(x: Float[Array, "B S n*C"], y: Float[Array, "B S C"], coefficients: Co
     return jnp.concatenate([mixed[i] + post[i] * y for i in range(n)], axis=-1).astype(x.dtype)
 
 
-def collapse(x: Float[Array, "B S n*C"], weights: Float[Array, "n T"]) -> Float[Array, "B S C"]:
+def collapse(x: Float[Array, "B S nC"], weights: Float[Array, "n T"]) -> Float[Array, "B S C"]:
     """Weighted sum of the streams."""
     return read(x, Coefficients(weights, None, None))
