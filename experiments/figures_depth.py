@@ -85,6 +85,8 @@ def streams_figure(results: Results) -> Figure:
     cosine.set(title="How alike the streams are (1 = the same direction)", ylabel="mean cosine", xlabel="after sublayer (0 = embedding)")
     _untrained_band(cosine, variants[0].records[0])
     whole_numbers(cosine)
+    # A frame of at least a few per cent, so that streams which are equal but for rounding look equal.
+    cosine.set_ylim(min(cosine.get_ylim()[0], 0.95), max(cosine.get_ylim()[1], 1.005))
     norms = [r.stability.stream_norm[-1] for variant in variants for r in variant.records[:1]]
     first = None
     for index, variant in enumerate(variants):

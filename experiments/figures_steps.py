@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mhc_jax.experiments.results import Results, paired
-from mhc_jax.experiments.style import WIDTH, draw_seeds, legend, line, line_styles, log_axis
+from mhc_jax.experiments.style import WIDTH, draw_seeds, legend, line, line_styles, log_axis, whole_numbers
 
 
 def loss_figure(results: Results) -> Figure:
@@ -36,6 +36,8 @@ def loss_figure(results: Results) -> Figure:
         title = f"Held-out loss minus that of {baseline.name}\n(same seed; below 0 is better)"
         panels[0].set(title=title, xlabel="optimizer step", ylabel="loss gap (nats per token)")
         losses.set_title("Held-out loss\n")
+    for axes in panels:
+        whole_numbers(axes)
     note = Line2D([], [], color="#888888", linestyle=":", linewidth=1.2, label="unigram entropy")
     legend(figure, {v.name: styles[v.name] for v in results.variants}, [note])
     return figure

@@ -49,7 +49,7 @@ def _losses(results: Results) -> list[str]:
     lines += [_gap(variant, results.baseline.name) for variant in finite if results.baseline and variant is not results.baseline]
     blind = [v.name for v in finite if (v.statistics["loss"].mean or 0.0) >= (v.statistics["unigram_entropy"].mean or math.inf)]
     if blind:
-        lines.append(f"{_names(blind)} did not get below the unigram entropy of the held-out text: nothing was learnt from context.")
+        lines.append(f"{_names(blind)} did not get below the unigram entropy of the held-out text, so no use of context is shown.")
     return lines
 
 
@@ -57,6 +57,8 @@ def _gap(variant: Variant, baseline: str) -> str:
     value = variant.statistics["loss_gap"]
     if value.mean is None:
         return f"`{variant.name}` has no run with the same seed as a finished run of `{baseline}`, so its gap is unknown."
+    if abs(value.mean) < 5e-5:
+        return f"`{variant.name}` ends level with `{baseline}`, to four decimals."
     direction = "below" if value.mean < 0 else "above"
     verdict = "" if value.mean < 0 else f": here it loses to `{baseline}`"
     if value.spread is None:

@@ -30,6 +30,7 @@ RC: Any = {  # Any: matplotlib types the keys as a literal of all its settings
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.formatter.useoffset": False,
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "#e3e5e8",
@@ -94,8 +95,9 @@ def draw_marked(axes: Axes, x: np.ndarray, y: np.ndarray, hollow: np.ndarray, st
     """Draws a curve with a marker a point; the points where `hollow` holds are left white inside."""
     axes.plot(x, y, **line(style))
     size = (16 if len(x) <= 24 else 8) * (1 + style.width / 2)
-    faces = [(1.0, 1.0, 1.0) if empty else style.color for empty in hollow]
-    axes.scatter(x, y, s=size, marker=style.marker, facecolors=faces, edgecolors=[style.color], linewidths=1.1, zorder=style.zorder)
+    # Hollow markers lie above all others, so that a full one of another variant does not hide what they say.
+    for chosen, face, zorder in ((~hollow, style.color, style.zorder), (hollow, "white", 4.0)):
+        axes.scatter(x[chosen], y[chosen], s=size, marker=style.marker, facecolors=[face], edgecolors=[style.color], zorder=zorder)
 
 
 def log_axis(axes: Axes, values: Sequence[np.ndarray], at_least: tuple[float, float] | None = None) -> None:
