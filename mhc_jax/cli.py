@@ -136,7 +136,7 @@ def _ablate(args: list[str]) -> None:
             raise UserError(f"--variants: there is no residual kind {kind!r}; choose from {', '.join(RESIDUAL_KINDS)}")
     _prepare_jax()
     from mhc_jax.experiments.ablation import ablation
-    from mhc_jax.experiments.runs import run_list
+    from mhc_jax.experiments.runlist import run_list
     from mhc_jax.train.loop import train
 
     folder = options.out or Path("runs") / options.config.name

@@ -38,7 +38,7 @@ def causal_attention(
     for start in range(0, length, query_block):
         stop = min(start + query_block, length)
         rows, keys = slice(start, stop), slice(0, stop)
-        hidden = jax.lax.optimization_barrier(_hidden(segment_ids[:, rows], segment_ids[:, keys], start))
+        hidden = _hidden(segment_ids[:, rows], segment_ids[:, keys], start)
         out, top = _attend(q_nope[:, :, rows], q_rope[:, :, rows], k_nope[:, :, keys], k_rope[:, keys], value[:, :, keys], hidden, scale)
         outputs.append(out)
         largest.append(top)
