@@ -9,9 +9,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mhc_jax.config import Config, difference, from_json
+from mhc_jax.config import Config
 from mhc_jax.errors import UserError
 from mhc_jax.experiments.runs import Run
+from mhc_jax.files import read_json
+from mhc_jax.train.folder import saved_config
 
 T = TypeVar("T")
 
@@ -138,25 +140,6 @@ class RunRecord:
         return self.stability.res.shape[-1]
 
 
-def is_finished(run: Run, folder: Path) -> bool:
-    """Whether `folder` holds the finished `run`.
-
-    Raises:
-      UserError: the folder holds a run with another config, or a summary without a config.
-    """
-    config = folder / "config.json"
-    finished = (folder / "summary.json").exists()
-    if not config.exists():
-        if finished:
-            raise UserError(f"{config} is missing beside a summary.json; delete the folder {folder} to run {run.name!r} again")
-        return False
-    changed = difference(_read_config(config), run.config)
-    if changed:
-        lines = "".join(f"\n  {path}: {there!r} in the folder, {now!r} now" for path, (there, now) in changed.items())
-        raise UserError(f"{folder} holds a run with another config:{lines}\nGive another --out, or delete the folder.")
-    return finished
-
-
 def read_run(run: Run, folder: Path) -> RunRecord:
     """Reads the finished `run` from its folder.
 
@@ -167,7 +150,7 @@ def read_run(run: Run, folder: Path) -> RunRecord:
     return RunRecord(
         name=run.name,
         variant=run.variant,
-        config=_read_config(folder / "config.json"),
+        config=saved_config(folder),
         summary=_read_summary(folder / "summary.json"),
         train=_columns(TrainMetrics, rows, "train", folder / "metrics.jsonl"),
         eval=_columns(EvalMetrics, rows, "eval", folder / "metrics.jsonl"),
@@ -189,24 +172,8 @@ def steps_done(folder: Path) -> int:
     return max(steps)
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; delete its folder to run it again") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is half-written ({error}); delete its folder to run it again") from error
-
-
-def _read_config(path: Path) -> Config:
-    try:
-        return from_json(_read_json(path))
-    except UserError as error:
-        raise UserError(f"{path} cannot be used: {error}") from error
-
-
 def _read_summary(path: Path) -> Summary:
-    data = _read_json(path)
+    data = read_json(path)
     summary = _from_keys(Summary, data, path)
     return dataclasses.replace(summary, data=_from_keys(DataSummary, data["data"], path))
 

@@ -12,10 +12,10 @@ from mhc_jax.config import to_text
 from mhc_jax.experiments import formats, tables
 from mhc_jax.experiments.document import Block, Code, Heading, Items, Paragraph, Picture, Table, to_html, to_markdown
 from mhc_jax.experiments.figures import FIGURES, render
-from mhc_jax.experiments.files import write_atomically, write_json
 from mhc_jax.experiments.findings import findings, warnings
 from mhc_jax.experiments.published import SOURCE
 from mhc_jax.experiments.results import Results, load_results, results_json
+from mhc_jax.files import write_atomically, write_json
 
 
 def write_report(folder: Path, say: Callable[[str], None] = print) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mhc_jax.experiments.records import RunRecord, is_finished, read_run, steps_done
+from mhc_jax.experiments.records import RunRecord, read_run, steps_done
 from mhc_jax.experiments.runs import RunList, load_runs, run_folder
+from mhc_jax.train.folder import finished
 
 # Numbers of summary.json that are averaged over seeds as they are.
 AVERAGED = (
@@ -108,7 +109,7 @@ def load_results(folder: Path) -> Results:
     missing = []
     for run in runs.runs:
         path = run_folder(folder, run)
-        if is_finished(run, path):
+        if finished(run.config, path) is not None:
             records.setdefault(run.variant, []).append(read_run(run, path))
         else:
             missing.append(Missing(run.name, steps_done(path), run.config.train.steps))

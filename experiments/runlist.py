@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mhc_jax.config import Config
-from mhc_jax.experiments.records import is_finished, steps_done
+from mhc_jax.experiments.records import steps_done
 from mhc_jax.experiments.report import write_report
 from mhc_jax.experiments.results import Results, load_results
 from mhc_jax.experiments.runs import Run, RunList, run_folder, save_runs
+from mhc_jax.train.folder import finished
 
 Say = Callable[[str], None]
 Train = Callable[[Config, Path], dict[str, Any]]
@@ -32,11 +33,11 @@ def run_list(runs: RunList, folder: Path, train: Train, *, say: Say = print) -> 
     Raises:
       UserError: a run folder holds another config. Checked for all runs before the first is trained.
     """
-    finished = {run.name for run in runs.runs if is_finished(run, run_folder(folder, run))}
+    done = {run.name for run in runs.runs if finished(run.config, run_folder(folder, run)) is not None}
     save_runs(runs, folder)
     write_report(folder, say)
     for number, run in enumerate(runs.runs, start=1):
-        if run.name in finished:
+        if run.name in done:
             say(f"{run.name}: finished before, skipped ({number} of {len(runs.runs)})")
             continue
         begun = steps_done(run_folder(folder, run)) > 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mhc_jax.config import Config, difference, from_json, to_json
 from mhc_jax.errors import UserError
-from mhc_jax.experiments.files import write_json
+from mhc_jax.files import write_json
 
 
 @dataclass(frozen=True)

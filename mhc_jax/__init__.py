@@ -3,6 +3,7 @@
 The rooms, ground floor first (each imports only rooms above its own line):
 
     config        what a run is: frozen dataclasses, validated together
+    files         writing files whole, and the one exception for users (errors)
     parallel      the mesh, and where arrays lie on it
     nn            the maths as pure functions on arrays, and the modules that hold parameters
     data          text to packed batches, with Grain

@@ -1,10 +1,10 @@
 """The command `mhc-jax`: reads the command line, calls one function, prints a message instead of a traceback for what a user can put right.
 
-    mhc-jax train NAME    one run
-    mhc-jax ablate NAME   the residual variants of a config, and a report
-    mhc-jax report DIR    draws a report again
-    mhc-jax data NAME     tokenises a config's text once
-    mhc-jax bench NAME    step time and memory of the variants, side by side
+mhc-jax train NAME    one run
+mhc-jax ablate NAME   the residual variants of a config, and a report
+mhc-jax report DIR    draws a report again
+mhc-jax data NAME     tokenises a config's text once
+mhc-jax bench NAME    step time and memory of the variants, side by side
 """
 
 import os

@@ -42,9 +42,7 @@ def _summed_loss_fwd(hidden, unembed, targets, chunk):
         d_unembed += jnp.einsum("bsc,bsv->cv", h, d_logits, preferred_element_type=d_unembed.dtype)
         return (total + loss, d_unembed), d_hidden
 
-    (total, d_unembed), d_hidden = jax.lax.scan(
-        step, (_zero(hidden), jnp.zeros_like(unembed)), _pieces(hidden, targets, chunk)
-    )
+    (total, d_unembed), d_hidden = jax.lax.scan(step, (_zero(hidden), jnp.zeros_like(unembed)), _pieces(hidden, targets, chunk))
     d_hidden = d_hidden.swapaxes(0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])[:, : hidden.shape[1]]
     return total, (d_hidden, d_unembed)
 

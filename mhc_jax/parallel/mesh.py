@@ -19,8 +19,8 @@ def make_mesh(config: MeshConfig) -> Mesh:
     wanted, present = config.data * config.fsdp, jax.device_count()
     if wanted > present:
         raise UserError(
-            f"mesh.data x mesh.fsdp = {config.data} x {config.fsdp} asks for {wanted} devices, but {present} are present; lower them, or on a "
-            f"CPU set JAX_NUM_CPU_DEVICES={wanted}"
+            f"mesh.data x mesh.fsdp = {config.data} x {config.fsdp} asks for {wanted} devices, but {present} are present; lower them, "
+            f"or on a CPU set JAX_NUM_CPU_DEVICES={wanted}"
         )
     return jax.make_mesh((config.data, config.fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:wanted])
 

@@ -13,8 +13,8 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from mhc_jax import config as configs
 from mhc_jax.config import Config
-from mhc_jax.errors import UserError
 from mhc_jax.nn.module import Module, from_dict, to_dict
+from mhc_jax.train.folder import check_same_config
 from mhc_jax.train.step import TrainState
 
 
@@ -66,13 +66,6 @@ class Checkpoints:
         self._manager.close()
 
 
-def check_same_config(saved: Config, wanted: Config, what: str) -> None:
-    """Raises UserError, naming the fields that differ, unless the two configs describe the same run."""
-    if changed := configs.difference(saved, wanted):
-        listing = "; ".join(f"{path} is {old!r} there and {new!r} here" for path, (old, new) in changed.items())
-        raise UserError(f"{what} belongs to another config: {listing}. Choose another folder with --out, or the config it was made with")
-
-
 def _plain(state: TrainState) -> dict[str, Any]:
     """Nested dictionaries and lists of arrays; modules inside the optimizer state become dictionaries too."""
     optimizer = [to_dict(part) for part in jax.tree.leaves(state.optimizer, is_leaf=_is_module)]
@@ -82,9 +75,7 @@ def _plain(state: TrainState) -> dict[str, Any]:
 def _rebuilt(like: TrainState, plain: dict[str, Any]) -> TrainState:
     parts, structure = jax.tree.flatten(like.optimizer, is_leaf=_is_module)
     optimizer = [from_dict(part, value) if _is_module(part) else value for part, value in zip(parts, plain["optimizer"])]
-    return TrainState(
-        from_dict(like.model, plain["model"]), jax.tree.unflatten(structure, optimizer), plain["router_bias"], plain["step"]
-    )
+    return TrainState(from_dict(like.model, plain["model"]), jax.tree.unflatten(structure, optimizer), plain["router_bias"], plain["step"])
 
 
 def _is_module(x: Any) -> bool:

@@ -1,6 +1,5 @@
 """One run from start to finish: prepares data, compiles, trains, evaluates, saves, and resumes where it was cut."""
 
-import json
 import math
 import platform
 import sys
@@ -19,12 +18,14 @@ from mhc_jax import config as configs
 from mhc_jax.config import Config
 from mhc_jax.data.pipeline import heldout_batches, training_batches
 from mhc_jax.data.prepare import Prepared, prepare
+from mhc_jax.files import write_atomically, write_json
 from mhc_jax.nn.count import count_parameters
 from mhc_jax.nn.decoder import learnable_mappings
 from mhc_jax.parallel.mesh import make_mesh
 from mhc_jax.parallel.rules import Rules
-from mhc_jax.train.checkpoint import Checkpoints, check_same_config
-from mhc_jax.train.metrics import MetricsWriter, finite, read_lines, write_atomically
+from mhc_jax.train.checkpoint import Checkpoints
+from mhc_jax.train.folder import finished
+from mhc_jax.train.metrics import MetricsWriter, finite, read_lines
 from mhc_jax.train.progress import Progress
 from mhc_jax.train.step import TrainState, eval_step, initial_state, state_shardings, train_step
 
@@ -51,7 +52,7 @@ def train(config: Config, folder: Path, *, say: Callable[[str], None] = print, p
     folder.mkdir(parents=True, exist_ok=True)
     if (summary := finished(config, folder)) is not None:
         return summary
-    write_atomically(folder / "config.json", json.dumps(configs.to_json(config), indent=1))
+    write_json(folder / "config.json", configs.to_json(config))
     write_atomically(folder / "config.txt", configs.to_text(config))
 
     mesh, rules = make_mesh(config.mesh), Rules()
@@ -139,21 +140,8 @@ def train(config: Config, folder: Path, *, say: Callable[[str], None] = print, p
         checkpoints.close()
 
     summary = _summary(config, folder, data, programs, first_step_seconds)
-    write_atomically(folder / "summary.json", json.dumps(summary, indent=1))
+    write_json(folder / "summary.json", summary)
     return summary
-
-
-def finished(config: Config, folder: Path) -> dict[str, Any] | None:
-    """The summary of a finished run of this config in the folder; None where the run has not finished or not begun.
-
-    Raises:
-      UserError: the folder holds a run of another config.
-    """
-    if (folder / "config.json").exists():
-        saved = configs.from_json(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        check_same_config(saved, config, f"the run in {folder}")
-    path = folder / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def _compile(config: Config, rules: Rules, state: TrainState, batch: Any, heldout: Any) -> Compiled:

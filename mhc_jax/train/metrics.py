@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from mhc_jax.files import write_atomically
+
 
 class MetricsWriter:
     """Appends to RUN/metrics.jsonl and RUN/tensorboard. A context manager."""
@@ -60,10 +62,3 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf-8")
     complete = text[: text.rfind("\n") + 1]
     return [json.loads(line) for line in complete.splitlines()]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The file holds the old text or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

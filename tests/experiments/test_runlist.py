@@ -9,9 +9,9 @@ from mhc_jax.config import override
 from mhc_jax.errors import UserError
 from mhc_jax.experiments import runlist
 from mhc_jax.experiments.ablation import ablation
-from mhc_jax.experiments.files import write_atomically
 from mhc_jax.experiments.runlist import Run, RunList, run_list
 from mhc_jax.experiments.runs import load_runs, save_runs
+from mhc_jax.files import write_atomically
 
 
 class Trainer:

@@ -1,8 +1,8 @@
 """Hyper-Connections, unconstrained: the dynamic form and the static one.
 
-Sources: the dynamic form as arXiv 2512.24880, Eq. 5, restates it; initial values of arXiv 2409.19606, Eq. 14 (theta 0, pre one-hot on stream
-k mod n, post ones, H_res identity), which make the network exactly the pre-norm residual network at step 0. That paper also scales the
-initial output projections by sqrt(n); it is left out here, so that the parameters which all residual kinds share start equal.
+Sources: the dynamic form as arXiv 2512.24880, Eq. 5, restates it; initial values of arXiv 2409.19606, Eq. 14 (theta 0, pre one-hot on
+stream k mod n, post ones, H_res identity), which make the network exactly the pre-norm residual network at step 0. That paper also scales
+the initial output projections by sqrt(n); it is left out here, so that the parameters which all residual kinds share start equal.
 """
 
 from typing import ClassVar
