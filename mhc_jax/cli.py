@@ -7,7 +7,9 @@ mhc-jax data NAME     tokenises a config's text once
 mhc-jax bench NAME    step time and memory of the variants, side by side
 """
 
+import dataclasses
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -140,7 +142,8 @@ def _ablate(args: list[str]) -> None:
     from mhc_jax.train.loop import train
 
     folder = options.out or Path("runs") / options.config.name
-    run_list(ablation(options.config, kinds=options.variants, seeds=options.seeds), folder, train)
+    runs = ablation(options.config, kinds=options.variants, seeds=options.seeds)
+    run_list(dataclasses.replace(runs, command=shlex.join(["mhc-jax", "ablate", *args])), folder, train)
 
 
 def _report(args: list[str]) -> None:

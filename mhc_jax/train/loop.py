@@ -27,7 +27,7 @@ from mhc_jax.train.checkpoint import Checkpoints
 from mhc_jax.train.folder import finished
 from mhc_jax.train.metrics import MetricsWriter, finite, read_lines
 from mhc_jax.train.progress import Progress
-from mhc_jax.train.step import TrainState, eval_step, initial_state, state_shardings, train_step
+from mhc_jax.train.step import TrainState, compile_train_step, eval_step, initial_state, state_shardings
 
 PROFILED_STEPS = range(10, 15)  # after compilation and warm-up
 
@@ -146,13 +146,9 @@ def train(config: Config, folder: Path, *, say: Callable[[str], None] = print, p
 
 def _compile(config: Config, rules: Rules, state: TrainState, batch: Any, heldout: Any) -> Compiled:
     started = time.perf_counter()
-    step = jax.jit(partial(train_step, config=config, rules=rules), donate_argnums=0)
-    evaluation = jax.jit(partial(eval_step, rules=rules))
-    compiled = step.lower(state, batch).compile()
-    compiled_evaluation = evaluation.lower(state.model, state.router_bias, heldout).compile()
-    memory = compiled.memory_analysis()
-    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - memory.alias_size_in_bytes
-    return Compiled(compiled, compiled_evaluation, time.perf_counter() - started, peak)
+    step, memory_bytes = compile_train_step(config, rules, state, batch)
+    evaluation = jax.jit(partial(eval_step, rules=rules)).lower(state.model, state.router_bias, heldout).compile()
+    return Compiled(step, evaluation, time.perf_counter() - started, memory_bytes)
 
 
 def _evaluate(programs: Compiled, state: TrainState, heldout: list[Any]) -> tuple[float, dict[str, float], dict[str, np.ndarray]]:

@@ -1,5 +1,7 @@
 """One optimizer step and one evaluation, as pure functions that are compiled once."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -128,3 +130,15 @@ def eval_step(model: Decoder, router_bias: Array, batch: Batch, *, rules: Rules)
     """Summed loss in nats and number of targets of a held-out batch, and the stability measures of its first sequence."""
     total, count, aux = batch_loss(model, batch, router_bias, rules=rules, trace=True)
     return total, count, stability(aux)
+
+
+def compile_train_step(config: Config, rules: Rules, state: TrainState, batch: Batch) -> tuple[Callable[..., Any], int]:
+    """The compiled step, which takes over the memory of the state it is given; and its peak memory in bytes on one device.
+
+    The peak is the compiler's: arguments, results and temporaries, shared memory counted once.
+    """
+    step = jax.jit(partial(train_step, config=config, rules=rules), donate_argnums=0)
+    compiled = step.lower(state, batch).compile()
+    memory = compiled.memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    return compiled, peak
