@@ -60,7 +60,7 @@ def _of_piece(hidden: Float[Array, "B s C"], targets: Int[Array, "B s"], unembed
     """Summed loss of a piece, and its gradient with respect to the logits in the compute dtype."""
     logits = jnp.matmul(hidden, unembed.astype(hidden.dtype), preferred_element_type=wide(hidden[:0]).dtype)
     valid = (targets >= 0)[..., None]
-    own = jnp.arange(logits.shape[-1]) == targets[..., None]
+    own = jnp.arange(logits.shape[-1])[None, None] == targets[..., None]
     log_total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     loss = jnp.where(valid, log_total - jnp.where(own, logits, 0).sum(axis=-1, keepdims=True), 0).sum()
     d_logits = jnp.where(valid, jnp.exp(logits - log_total) - own, 0).astype(hidden.dtype)

@@ -34,7 +34,7 @@ def route(x: Float[Array, "T C"], router: Float[Array, "C E"], bias: Float[Array
     With groups, a group's score is the sum of its two best biased affinities, and only the best `top_groups` groups can be chosen.
     """
     affinity = jax.nn.sigmoid(jnp.matmul(wide(x), router, precision=jax.lax.Precision.HIGHEST))
-    biased = jax.lax.stop_gradient(affinity) + bias
+    biased = jax.lax.stop_gradient(affinity) + bias[None]
     if config.num_groups > 1:
         grouped = biased.reshape(*biased.shape[:-1], config.num_groups, -1)
         best_two = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(axis=-1)

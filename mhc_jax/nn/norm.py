@@ -19,5 +19,5 @@ def rms_norm(x: Float[Array, "... C"], weight: Float[Array, "C"] | None, eps: fl
     """x over its root mean square, times `weight` where there is one; returns x's type."""
     y = wide(x) * inverse_rms(x, eps)
     if weight is not None:
-        y = y * weight
+        y = y * jnp.expand_dims(weight, range(y.ndim - 1))
     return y.astype(x.dtype)

@@ -38,7 +38,7 @@ def softmax_temperature(rope: RopeConfig) -> float:
 
 def rotate(x: Float[Array, "B S *heads dim"], positions: Int[Array, "B S"], rope: RopeConfig) -> Float[Array, "B S *heads dim"]:
     """Rotates the pairs (x[2i], x[2i+1]) by position times frequency; the angle is computed in float32, the result has x's type."""
-    angle = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies(x.shape[-1], rope), jnp.float32)
+    angle = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies(x.shape[-1], rope), jnp.float32)[None, None]
     angle = angle.reshape(*angle.shape[:2], *(1,) * (x.ndim - 3), angle.shape[-1])
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     even, odd = x[..., 0::2], x[..., 1::2]

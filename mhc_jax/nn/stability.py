@@ -66,7 +66,7 @@ def stability(aux: Aux) -> Stability:
     upward, downward = composites(res)
 
     def distance(target: Float[Array, "n n"]) -> Float[Array, "L"]:
-        return jnp.sqrt(jnp.square(res - target[..., None]).sum(axis=(1, 2))).mean(axis=-1)
+        return jnp.sqrt(jnp.square(res - target[None, ..., None]).sum(axis=(1, 2))).mean(axis=-1)
 
     return Stability(
         gain_forward_single=forward_gain(res),

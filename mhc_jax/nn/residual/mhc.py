@@ -36,7 +36,7 @@ def projected(
     """
     x = wide(x.reshape(-1, x.shape[-1]))
     raw = jnp.einsum("kd,td->kt", phi, x, precision=jax.lax.Precision.HIGHEST)
-    return alpha[:, None] * (raw * inverse_rms(x, eps)[:, 0]) + bias[:, None]
+    return alpha[:, None] * (raw * inverse_rms(x, eps).T) + bias[:, None]
 
 
 def pre_bias(n: int, sublayer: Int[Array, ""]) -> Float[Array, "n"]:
