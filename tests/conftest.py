@@ -7,6 +7,7 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_compilation_cache", False)
+jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the suite's time
 
 # The shapes in the signatures of these packages are checked while functions are traced. The hook must be in place before their import.
 install_import_hook(["mhc_jax.nn", "mhc_jax.parallel"], "beartype.beartype")

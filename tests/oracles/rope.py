@@ -24,6 +24,7 @@ def pair_that_turns(times: float, dim: int, theta: float, length: int) -> float:
 def yarn_frequencies(dim: int, theta: float, factor: float, length: int, fast: float, slow: float) -> np.ndarray:
     """arXiv 2309.00071 with the ramp over pair indices that DeepSeek's code uses."""
     first, last = math.floor(pair_that_turns(fast, dim, theta, length)), math.ceil(pair_that_turns(slow, dim, theta, length))
+    first, last = max(first, 0), min(last, dim - 1)
     out = []
     for pair in range(dim // 2):
         f = pair_frequency(pair, dim, theta)
