@@ -1,10 +1,13 @@
 """Small models and batches that tests of several rooms share."""
 
+from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from mhc_jax.config import AttentionConfig, Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig, override
 from mhc_jax.nn.decoder import Decoder
@@ -40,9 +43,16 @@ def small(**changes: Any) -> ModelConfig:
     return override(BASE, {f"model.{path.replace('__', '.')}": value for path, value in changes.items()}).model
 
 
-def make(config: ModelConfig, seed: int = 0) -> Decoder:
-    """A model, constructed in one compiled call."""
-    return jax.jit(lambda: Decoder(config, jax.random.key(seed)))()
+@cache
+def make(config: ModelConfig, seed: int = 0, impl: str = "rbg") -> Decoder:
+    """A model, constructed in one compiled call; the default random numbers are those that compile fastest."""
+    return jax.jit(lambda: Decoder(config, jax.random.key(seed, impl=impl)))()
+
+
+def only(chosen: Iterable[Any], everything: Iterable[Any]) -> list[Any]:
+    """Parameters of a test: the chosen ones in the fast suite, the others marked slow."""
+    chosen = list(chosen)
+    return [value if value in chosen else pytest.param(value, marks=pytest.mark.slow) for value in everything]
 
 
 def make_batch(config: ModelConfig, sequences: int = 2, length: int = 16, seed: int = 0, documents: bool = True) -> dict[str, jax.Array]:
@@ -61,7 +71,7 @@ def make_batch(config: ModelConfig, sequences: int = 2, length: int = 16, seed: 
 
 
 def shaken(module: Any, seed: int = 0, scale: float = 1.0) -> Any:
-    """The module with random values added to the parameters of its connections, so that coefficients depend on the token and streams differ."""
+    """The module with random values added to its connections' parameters: coefficients depend on the token, streams differ."""
     rng = np.random.default_rng(seed)
 
     def shake(path, p):

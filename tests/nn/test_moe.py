@@ -41,9 +41,7 @@ def test_layer_equals_the_oracle(float64, case, bias_mean):
     p = {n: np.asarray(getattr(module, n)) for n in ("router", "inner", "out")}
     if module.shared is not None:
         p |= {"shared_inner": np.asarray(module.shared.inner), "shared_out": np.asarray(module.shared.out)}
-    wanted, load = oracle.moe(
-        tokens(), p, bias, top_k=e.top_k, groups=e.num_groups, top_groups=e.top_groups, scaling=e.routed_scaling
-    )
+    wanted, load = oracle.moe(tokens(), p, bias, top_k=e.top_k, groups=e.num_groups, top_groups=e.top_groups, scaling=e.routed_scaling)
     y, got_load, _ = jax.jit(lambda m, x, b: m(x, b, Rules()))(module, jnp.asarray(tokens())[None], jnp.asarray(bias))
     assert relative(y[0], wanted) < 1e-12
     assert np.array_equal(got_load, load)

@@ -1,6 +1,7 @@
 """Multi-head latent attention one query at a time, float64 NumPy, written from DeepSeek-V2/V3 (arXiv 2405.04434, 2412.19437)."""
 
 import numpy as np
+
 from oracles.rope import rotate
 
 
