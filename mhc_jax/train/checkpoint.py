@@ -69,13 +69,15 @@ class Checkpoints:
 def _plain(state: TrainState) -> dict[str, Any]:
     """Nested dictionaries and lists of arrays; modules inside the optimizer state become dictionaries too."""
     optimizer = [to_dict(part) for part in jax.tree.leaves(state.optimizer, is_leaf=_is_module)]
-    return {"model": to_dict(state.model), "optimizer": optimizer, "router_bias": state.router_bias, "step": state.step}
+    router_bias = [state.router_bias] if state.router_bias.size else []  # orbax refuses empty arrays
+    return {"model": to_dict(state.model), "optimizer": optimizer, "router_bias": router_bias, "step": state.step}
 
 
 def _rebuilt(like: TrainState, plain: dict[str, Any]) -> TrainState:
     parts, structure = jax.tree.flatten(like.optimizer, is_leaf=_is_module)
     optimizer = [from_dict(part, value) if _is_module(part) else value for part, value in zip(parts, plain["optimizer"])]
-    return TrainState(from_dict(like.model, plain["model"]), jax.tree.unflatten(structure, optimizer), plain["router_bias"], plain["step"])
+    (router_bias,) = plain["router_bias"] or [like.router_bias]
+    return TrainState(from_dict(like.model, plain["model"]), jax.tree.unflatten(structure, optimizer), router_bias, plain["step"])
 
 
 def _is_module(x: Any) -> bool:

@@ -89,7 +89,8 @@ def train(config: Config, folder: Path, *, say: Callable[[str], None] = print, p
         programs = _compile(config, rules, state, example, heldout[0])
         say(f"compiled in {programs.seconds:.1f} s")
 
-        with MetricsWriter(folder, first_step) as writer, Progress(config, first_step) as progress:
+        # Without a checkpoint a cut run begins again, its step 0 included.
+        with MetricsWriter(folder, -1 if restored is None else first_step) as writer, Progress(config, first_step) as progress:
 
             def evaluate(state: TrainState) -> float:
                 loss, scalars, arrays = _evaluate(programs, state, heldout)

@@ -103,7 +103,7 @@ def train_step(state: TrainState, batch: Batch, *, config: Config, rules: Rules)
     """One optimizer step on one batch."""
     grads, loss, balance, largest, load = gradients(state, batch, config, rules)
     grads = jax.tree.map(jnp.multiply, grads, update_mask(state.model))
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     limit = config.optimizer.clip_norm
     grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, limit / jnp.maximum(norm, limit)), grads)
     updates, optimizer = adamw(config.optimizer, config.train.steps).update(grads, state.optimizer, state.model)

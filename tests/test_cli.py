@@ -1,0 +1,116 @@
+"""The command line: one message for what a user can put right, and every command from end to end."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mhc_jax.cli import main
+
+TINY = (
+    "--model.num-layers 2 --model.dim 16 --model.dense-dim 16 --model.vocab-size 280 --model.attention.num-heads 2 "
+    "--model.attention.kv-rank 8 --model.attention.nope-dim 4 --model.attention.rope-dim 4 --model.attention.value-dim 4 "
+    "--model.moe.num-experts 4 --model.moe.expert-dim 8 --data.seq-len 16 --data.heldout-share 0.3 "
+    "--train.batch-size 4 --train.eval-sequences 4 --steps 4 --train.eval-every 2 --train.checkpoint-every 2"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MHC_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def text(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(10):
+        (folder / f"{i}.txt").write_text(f"{i} streams and rows that sum to one. " * 20)
+    return f"{folder}/*.txt"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["trian"], "there is no command 'trian'; the commands are train, ablate"),
+        (["train"], "name a config: mhc-jax train NAME"),
+        (["train", "latpop"], "there is no config 'latpop'; choose one of laptop, 3b"),
+        (["train", "laptop", "--model.moe.top-k", "9"], "model.moe.top_k is 9"),
+        (["train", "laptop", "--model.attention.rope-dim", "7"], "does not divide model.attention.rope_dim = 7"),
+        (["train", "laptop", "--mesh.fsdp", "1024", "--model.dim", "1024", "--train.batch-size", "1024", "--train.eval-sequences", "1024"],
+         "asks for 1024 devices"),
+        (["train", "laptop", "--data.source", "nowhere/*.txt"], "nowhere/*.txt"),
+        (["train", "laptop", "--data.tokenizer", "none.json"], "none.json"),
+        (["ablate", "laptop", "--variants", "residual", "mch"], "there is no residual kind 'mch'"),
+        (["report", "nowhere"], "nowhere"),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_one_message_and_status_2(args, message, capsys):
+    assert main(args) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(("args", "message"), [(["--model.dmi", "3"], "--model.dmi"), (["--model.dim", "many"], "many")])
+def test_what_the_parser_refuses_exits_with_2(args, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "laptop", *args])
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert message in captured.out + captured.err
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ValueError, match="there is no config"):
+        main(["train", "latpop", "--debug"])
+
+
+def test_help_names_commands_and_configs(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for word in ("train", "ablate", "report", "data", "bench", "laptop", "27b"):
+        assert word in out
+
+
+def test_train_then_again(text, tmp_path, capsys):
+    args = ["train", "laptop", "--residual", "hc", "--data.source", text, "--out", str(tmp_path / "run"), *TINY]
+    assert main(args) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["residual"] == "hc"
+    assert summary["steps"] == 4
+    assert main(args) == 0  # finished before: returns at once
+    assert main([*args, "--seed", "5"]) == 2
+    assert "train.seed: 0 in the folder, 5 now" in capsys.readouterr().err
+
+
+def test_ablate_writes_a_report_that_report_redraws(text, tmp_path):
+    folder = tmp_path / "list"
+    assert main(["ablate", "laptop", "--variants", "residual", "mhc", "--data.source", text, "--out", str(folder), *TINY]) == 0
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results["variants"]) == {"residual", "mhc"}
+    assert not results["missing"]
+    before = (folder / "report.md").read_text()
+    assert "--variants residual mhc" in before  # the command that made it
+    (folder / "report.html").unlink()
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "report.md").read_text() == before
+    assert (folder / "report.html").exists()
+
+
+def test_data_prints_where_the_tokens_are(text, capsys):
+    assert main(["data", "laptop", "--data.source", text, "--model.vocab-size", "280"]) == 0
+    assert "train" in capsys.readouterr().out
+
+
+def test_bench_compares_step_times(capsys):
+    assert main(["bench", "laptop", "--rounds", "1", "--variants", "residual", "mhc", *TINY]) == 0
+    assert "| mhc |" in capsys.readouterr().out
+
+
+def test_the_command_is_installed():
+    done = subprocess.run([sys.executable, "-m", "mhc_jax.cli", "--version"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0

@@ -1,0 +1,80 @@
+"""One step: the same whatever the number of microbatches or devices."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from mhc_jax.config import MeshConfig, override
+from mhc_jax.parallel.mesh import make_mesh
+from mhc_jax.parallel.rules import Rules
+from mhc_jax.train.step import gradients, initial_state, state_shardings, train_step
+
+RULES = Rules()
+
+
+def batch_of(config, seed=0):
+    """Random tokens; sequences have very different numbers of targets."""
+    rng = np.random.default_rng(seed)
+    shape = (config.train.batch_size, config.data.seq_len)
+    tokens = rng.integers(0, config.model.vocab_size, shape)
+    targets = np.where(np.arange(shape[1]) < rng.integers(1, shape[1], (shape[0], 1)), np.roll(tokens, -1, axis=1), -1)
+    positions = np.broadcast_to(np.arange(shape[1]), shape)
+    arrays = {"tokens": tokens, "targets": targets, "positions": positions, "segment_ids": np.ones(shape)}
+    return {name: jnp.asarray(x, jnp.int32) for name, x in arrays.items()}
+
+
+def largest_error(a, b):
+    """Over all leaves, relative to the leaf's largest entry."""
+    return max(float(jnp.abs(x - y).max() / jnp.maximum(jnp.abs(y).max(), 1e-12)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+def test_accumulated_gradients_equal_the_whole_batchs(tiny):
+    whole = override(tiny, {"model.moe.balance_loss": 0.1})
+    parts = override(whole, {"train.microbatches": 4})
+    state, batch = initial_state(whole), batch_of(whole)
+    expected = jax.jit(partial(gradients, config=whole, rules=RULES))(state, batch)
+    actual = jax.jit(partial(gradients, config=parts, rules=RULES))(state, batch)
+    assert largest_error(actual[0], expected[0]) < 1e-5
+    assert float(actual[1]) == pytest.approx(float(expected[1]), rel=1e-6)  # loss
+    assert float(actual[2]) == pytest.approx(float(expected[2]), rel=1e-6)  # balance loss
+    assert float(actual[3]) == pytest.approx(float(expected[3]), rel=1e-6)  # largest attention logit
+    np.testing.assert_array_equal(actual[4], expected[4])  # expert load
+
+
+def test_router_bias_moves_by_the_rate_against_the_load_of_the_whole_batch(tiny):
+    config = override(tiny, {"train.microbatches": 2})
+    state, batch = initial_state(config), batch_of(config)
+    load = np.asarray(gradients(state, batch, config, RULES)[4])
+    assert load.sum() == batch["tokens"].size * config.model.moe.top_k
+    new, _ = train_step(state, batch, config=config, rules=RULES)
+    np.testing.assert_allclose(new.router_bias, config.model.moe.bias_rate * np.sign(load.mean(axis=-1, keepdims=True) - load), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["residual", "hc", "mhc", "identity_hc"])
+def test_eight_devices_train_as_one(tiny, kind):
+    config = override(tiny, {"model.residual": kind})
+    batches = [batch_of(config, seed) for seed in range(3)]
+
+    def losses(mesh_config):
+        on_mesh = override(config, {"mesh.data": mesh_config.data, "mesh.fsdp": mesh_config.fsdp})
+        mesh = make_mesh(on_mesh.mesh)
+        with jax.set_mesh(mesh):
+            placement = state_shardings(on_mesh, mesh, RULES)
+            state = jax.jit(lambda: initial_state(on_mesh), out_shardings=placement)()
+            step = jax.jit(partial(train_step, config=on_mesh, rules=RULES))
+            found = []
+            for batch in batches:
+                state, metrics = step(state, jax.device_put(batch, NamedSharding(mesh, RULES.spec("batch", None))))
+                found.append(float(metrics.loss))
+            return found, state
+
+    alone, _ = losses(MeshConfig())
+    together, state = losses(MeshConfig(data=2, fsdp=4))
+    assert together == pytest.approx(alone, rel=1e-5)
+    moments = state.optimizer[0].mu.unembed
+    assert len(moments.addressable_shards) == 8
+    assert moments.addressable_shards[0].data.shape[0] == config.model.dim // 4  # optimizer moments are split as their parameters
