@@ -104,3 +104,8 @@ def directional(f: Any, x: np.ndarray, direction: np.ndarray, step: float = 1e-5
     """Derivative of a float64 function along a direction by central differences of fourth order; its error is near 1e-10 for step 1e-3."""
     h = step
     return float((8 * (f(x + h * direction) - f(x - h * direction)) - (f(x + 2 * h * direction) - f(x - 2 * h * direction))) / (12 * h))
+
+
+def temporary_bytes(compiled: Any) -> int:
+    """Memory that a compiled function needs beside its arguments and results."""
+    return compiled.memory_analysis().temp_size_in_bytes

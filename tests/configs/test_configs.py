@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small import BASE, KINDS, small
@@ -81,7 +82,7 @@ def test_active_parameters_leave_out_the_embedding_and_idle_experts():
     assert count.active == count.total - model.vocab_size * model.dim - idle
 
 
-BAD = {
+BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "an unknown kind": ({"model.residual": "mhx"}, ["model.residual", "'mhx'", "identity_hc"]),
     "zero layers": ({"model.num_layers": 0}, ["model.num_layers is 0", "positive"]),
     "infinite learning rate": ({"optimizer.learning_rate": float("inf")}, ["optimizer.learning_rate is inf"]),

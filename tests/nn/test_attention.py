@@ -1,6 +1,7 @@
 """Latent attention, rotary embedding and YaRN against their oracles; who sees whom; what memory it needs."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def test_rotation_turns_neighbouring_pairs(float64):
     assert relative(rotate(jnp.asarray(x), jnp.asarray(positions), V3)[0], np.stack(wanted)) < 1e-12
 
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "full-rank queries": {},
     "query latent": {"attention__q_rank": 5},
     "query and key norms": {"attention__qk_norm": True},
@@ -65,7 +66,7 @@ LENGTH = 13  # no multiple of the block of 4
 
 @pytest.mark.parametrize("case", CASES)
 def test_mla_equals_the_oracle(float64, case):
-    config = small(**{"dim": 10, "attention__query_block": 4, "init_std": 0.5, **CASES[case]})
+    config = small(**({"dim": 10, "attention__query_block": 4, "init_std": 0.5} | CASES[case]))
     a = config.attention
     module = widened(MLA(config, jax.random.key(0)))
     rng = np.random.default_rng(1)
@@ -112,8 +113,8 @@ def test_attention_gradients_equal_central_differences(float64, which):
 
     @jax.jit
     def f(v):
-        inputs = [*args[:which], v, *args[which + 1 :]]
-        return (weight * causal_attention(*map(jnp.asarray, inputs), segments, scale=0.7, query_block=4)[0]).sum()
+        q_nope, q_rope, k_nope, k_rope, value = map(jnp.asarray, [*args[:which], v, *args[which + 1 :]])
+        return (weight * causal_attention(q_nope, q_rope, k_nope, k_rope, value, segments, scale=0.7, query_block=4)[0]).sum()
 
     slope = float((np.asarray(jax.grad(f)(jnp.asarray(args[which]))) * direction).sum())
     assert slope == pytest.approx(directional(f, args[which], direction, 1e-3), rel=1e-8)
@@ -158,9 +159,9 @@ def test_no_array_of_scores_for_all_pairs_of_4096_tokens_forward_or_backward():
     length, heads, block = 4096, 2, 512
     shapes = [(1, length, heads, 4), (1, length, heads, 2), (1, length, heads, 4), (1, length, 2), (1, length, heads, 3)]
 
-    def loss(block, *args):
+    def loss(block, q_nope, q_rope, k_nope, k_rope, value):
         segments = jnp.zeros((1, length), jnp.int32)
-        return causal_attention(*args, segments, scale=1.0, query_block=block)[0].sum()
+        return causal_attention(q_nope, q_rope, k_nope, k_rope, value, segments, scale=1.0, query_block=block)[0].sum()
 
     def largest(block):
         args = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]

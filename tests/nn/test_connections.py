@@ -1,5 +1,7 @@
 """Hyper-Connections and mHC against their oracles: coefficients, read, write, a whole sublayer, gradients, symmetries."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,21 +10,22 @@ from oracles import hc, mhc
 from small import MANY, directional, relative, shaken, small, widened
 
 from mhc_jax.nn.decoder import CONNECTIONS
-from mhc_jax.nn.residual.streams import Coefficients, collapse, expand, read, write
+from mhc_jax.nn.residual.streams import collapse, expand, read, write
 
 B, S, C = 2, 3, 6
 
 
-def connection(kind: str, n: int = 4, sublayer: int = 1, **changes):
+def connection(kind: str, n: int = 4, sublayer: int = 1, **changes) -> Any:
     config = small(residual=kind, dim=C, connections__streams=n, **changes)
-    return CONNECTIONS[kind](config, jnp.asarray(sublayer), jax.random.key(0))
+    part: Any = CONNECTIONS[kind]
+    return part(config, jnp.asarray(sublayer), jax.random.key(0))
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape)
 
 
-def expected(part, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def expected(part, x: np.ndarray) -> tuple[np.ndarray, ...]:
     """pre [T, n], post [T, n], H_res [T, n, n] from the oracles, of streams x [T, n, C]."""
     n = x.shape[1]
     p = {name: np.asarray(getattr(part, name), np.float64) for name in part.groups()}
@@ -30,10 +33,10 @@ def expected(part, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if kind == "StaticHC":
         b = p["bias"]
         one = (b[:n], b[n : 2 * n], b[2 * n :].reshape(n, n))
-        every = [one] * len(x)
+        every: Any = [one] * len(x)
     elif kind == "HC":
-        b, t = p["bias"], p["theta"]
-        every = [hc.coefficients(v, t[0], t[1], t[2:], b[:n], b[n : 2 * n], b[2 * n :].reshape(n, n), *p["alpha"], eps) for v in x]
+        b, t, a = p["bias"], p["theta"], p["alpha"]
+        every = [hc.coefficients(v, t[0], t[1], t[2:], b[:n], b[n : 2 * n], b[2 * n :].reshape(n, n), a[0], a[1], a[2], eps) for v in x]
     else:
         phi, b, a = p["phi"], p["bias"], p["alpha"]
         steps = part.sinkhorn_steps if kind == "MHC" else 1
@@ -45,7 +48,7 @@ def expected(part, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(np.stack(part) for part in zip(*every))
 
 
-def as_oracle(c: Coefficients) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def as_oracle(c: Any) -> tuple[np.ndarray, ...]:
     n = len(c.pre)
     res = np.broadcast_to(np.eye(n)[..., None], (n, n, c.pre.shape[1])) if c.res is None else np.asarray(c.res)
     return np.asarray(c.pre).T, np.asarray(c.post).T, res.transpose(2, 0, 1)

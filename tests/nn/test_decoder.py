@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small import KINDS, MANY, make, make_batch, only, relative, shaken, small, tree_relative
+from small import KINDS, MANY, make, make_batch, only, relative, shaken, small, temporary_bytes, tree_relative
 
 from mhc_jax.nn.decoder import batch_loss, hidden_states, initial_router_bias, learnable_mappings, logits
 from mhc_jax.nn.module import named_parameters
@@ -64,7 +64,7 @@ def connections(model) -> list[tuple[int, Connection]]:
 
 def sizes(model) -> dict[tuple[int, str, str], float]:
     """Largest absolute value of every mapping's slice of every connection parameter of every sublayer."""
-    out = {}
+    out: dict[tuple[int, str, str], float] = {}
     for sublayer, part in connections(model):
         for name, lengths in part.groups().items():
             pieces = np.split(np.abs(np.asarray(getattr(part, name))), np.cumsum(lengths)[:-1])
@@ -152,7 +152,7 @@ def differentiated(policy: str):
     f = jax.jit(jax.value_and_grad(lambda m: batch_loss(m, batch, initial_router_bias(config))[0]))
     compiled = f.lower(model).compile()
     loss, grads = compiled(model)
-    return float(loss), jax.tree.leaves(grads), compiled.memory_analysis().temp_size_in_bytes
+    return float(loss), jax.tree.leaves(grads), temporary_bytes(compiled)
 
 
 @pytest.mark.parametrize("policy", only(["full"], ["matmuls", "full"]))

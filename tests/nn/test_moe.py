@@ -1,6 +1,7 @@
 """Routing and experts against their oracle: who goes where, with what weight, and that nobody is lost."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ def tokens(count: int = T, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((count, C))
 
 
-ROUTINGS = {
+ROUTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "scaled": {"moe__routed_scaling": 2.5},
     "all experts": {"moe__top_k": 4},
@@ -130,8 +131,8 @@ def test_gradients_equal_central_differences(float64, which):
 
     @jax.jit
     def f(v):
-        x, weights, inner, out = [*args[:which], v, *args[which + 1 :]]
-        return (weight * routed_swiglu(x, experts, weights, inner, out)).sum()
+        inputs: list[Any] = [*args[:which], v, *args[which + 1 :]]
+        return (weight * routed_swiglu(inputs[0], experts, *inputs[1:])).sum()
 
     slope = float((np.asarray(jax.grad(f)(args[which])) * direction).sum())
     assert slope == pytest.approx(directional(f, np.asarray(args[which]), direction, 1e-3), rel=1e-8)
@@ -166,7 +167,7 @@ def test_balance_is_judged_within_each_sequence(float64):
 
 def test_biases_rise_for_experts_below_the_mean_load_and_fall_above():
     bias = updated_bias(jnp.zeros((2, 4)), jnp.asarray([[10, 2, 4, 0], [4, 4, 4, 4]]), 1e-3)
-    assert np.allclose(bias, [[-1e-3, 1e-3, 0, 1e-3], [0, 0, 0, 0]], atol=1e-12)
+    assert np.allclose(bias, np.array([[-1e-3, 1e-3, 0, 1e-3], [0, 0, 0, 0]]), atol=1e-12)
 
 
 def test_loads_of_parts_of_a_batch_add_up_and_it_is_the_sum_that_counts():
