@@ -30,7 +30,7 @@ class StepCost:
     seconds: tuple[float, ...]  # of each measured step
     ratios: tuple[float, ...]  # of each measured step to the first kind's of the same round
     tokens: int  # of one step
-    memory_bytes: int  # peak of one device by the compiler's count
+    memory_bytes: int | None  # peak of one device by the compiler's count, where it tells
     connection_parameters: int
 
 
@@ -82,8 +82,8 @@ def table(costs: Sequence[StepCost]) -> str:
     for cost in costs:
         seconds = statistics.median(cost.seconds)
         ratio = f"{statistics.median(cost.ratios):.2f} ({min(cost.ratios):.2f} to {max(cost.ratios):.2f})"
+        memory = "unknown" if cost.memory_bytes is None else f"{cost.memory_bytes / 2**20:,.0f}"
         rows.append(
-            f"| {cost.kind} | {seconds * 1e3:.0f} | {cost.tokens / seconds:,.0f} | {ratio} | {cost.memory_bytes / 2**20:,.0f} "
-            f"| {cost.connection_parameters:,} |"
+            f"| {cost.kind} | {seconds * 1e3:.0f} | {cost.tokens / seconds:,.0f} | {ratio} | {memory} | {cost.connection_parameters:,} |"
         )
     return "\n".join(rows)

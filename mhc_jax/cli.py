@@ -181,5 +181,6 @@ def _prepare_jax() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
+
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,12 +8,44 @@ import pytest
 
 from mhc_jax.cli import main
 
-TINY = (
-    "--model.num-layers 2 --model.dim 16 --model.dense-dim 16 --model.vocab-size 280 --model.attention.num-heads 2 "
-    "--model.attention.kv-rank 8 --model.attention.nope-dim 4 --model.attention.rope-dim 4 --model.attention.value-dim 4 "
-    "--model.moe.num-experts 4 --model.moe.expert-dim 8 --data.seq-len 16 --data.heldout-share 0.3 "
-    "--train.batch-size 4 --train.eval-sequences 4 --steps 4 --train.eval-every 2 --train.checkpoint-every 2"
-).split()
+TINY = [
+    "--model.num-layers",
+    "2",
+    "--model.dim",
+    "16",
+    "--model.dense-dim",
+    "16",
+    "--model.vocab-size",
+    "280",
+    "--model.attention.num-heads",
+    "2",
+    "--model.attention.kv-rank",
+    "8",
+    "--model.attention.nope-dim",
+    "4",
+    "--model.attention.rope-dim",
+    "4",
+    "--model.attention.value-dim",
+    "4",
+    "--model.moe.num-experts",
+    "4",
+    "--model.moe.expert-dim",
+    "8",
+    "--data.seq-len",
+    "16",
+    "--data.heldout-share",
+    "0.3",
+    "--train.batch-size",
+    "4",
+    "--train.eval-sequences",
+    "4",
+    "--steps",
+    "4",
+    "--train.eval-every",
+    "2",
+    "--train.checkpoint-every",
+    "2",
+]
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,8 @@ def next_token_loss(
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _summed_loss(hidden, unembed, targets, chunk):
     def step(total, piece):
-        return total + _of_piece(*piece, unembed)[0], None
+        h, t = piece
+        return total + _of_piece(h, t, unembed)[0], None
 
     total, _ = jax.lax.scan(step, _zero(hidden), _pieces(hidden, targets, chunk))
     return total

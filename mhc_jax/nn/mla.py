@@ -45,11 +45,11 @@ class MLA(Module):
         a, std = config.attention, config.init_std
         k_q, k_q2, k_latent, k_expand, k_out = jax.random.split(key, 5)
         head = a.nope_dim + a.rope_dim
-        full_rank = a.q_rank is None
-        self.query = normal(k_q, (config.dim, a.num_heads, head), std) if full_rank else None
-        self.query_down = None if full_rank else normal(k_q, (config.dim, a.q_rank), std)
-        self.query_norm = None if full_rank else jnp.ones(a.q_rank)
-        self.query_up = None if full_rank else normal(k_q2, (a.q_rank, a.num_heads, head), std)
+        rank = a.q_rank
+        self.query = normal(k_q, (config.dim, a.num_heads, head), std) if rank is None else None
+        self.query_down = None if rank is None else normal(k_q, (config.dim, rank), std)
+        self.query_norm = None if rank is None else jnp.ones(rank)
+        self.query_up = None if rank is None else normal(k_q2, (rank, a.num_heads, head), std)
         self.latent = normal(k_latent, (config.dim, a.kv_rank + a.rope_dim), std)
         self.latent_norm = jnp.ones(a.kv_rank)
         self.expand = normal(k_expand, (a.kv_rank, a.num_heads, a.nope_dim + a.value_dim), std)
@@ -66,6 +66,7 @@ class MLA(Module):
         if self.query is not None:
             q = jnp.einsum("bsc,chd->bshd", x, self.query.astype(x.dtype))
         else:
+            assert self.query_down is not None and self.query_up is not None
             q_latent = rms_norm(x @ self.query_down.astype(x.dtype), self.query_norm, eps)
             q = jnp.einsum("bsq,qhd->bshd", q_latent, self.query_up.astype(x.dtype))
         q_nope, q_rope = jnp.split(q, [a.nope_dim], axis=-1)

@@ -7,7 +7,7 @@ sharding) and whether they decay. No maths lives here.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,9 @@ class Module(nnx.Module):
         super().__setattr__(name, nnx.data(value) if isinstance(value, (jax.Array, Module)) else value)
 
 
+AnyModule = TypeVar("AnyModule", bound=Module)
+
+
 def specs(model: Module) -> Any:
     """A pytree like `model` with a `Spec` in the place of every parameter."""
 
@@ -66,7 +69,7 @@ def to_dict(model: Any) -> Any:
     return {name: to_dict(getattr(model, name)) for name in sorted(children)}
 
 
-def from_dict(like: Module, values: Any) -> Module:
+def from_dict(like: AnyModule, values: Any) -> AnyModule:
     """The module shaped as `like` with the parameters of `to_dict`'s dictionaries."""
 
     def pick(path: tuple[Any, ...], _: Any) -> Any:

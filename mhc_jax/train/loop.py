@@ -39,7 +39,7 @@ class Compiled:
     train_step: Callable[..., Any]
     eval_step: Callable[..., Any]
     seconds: float  # spent compiling both
-    memory_bytes: int  # peak of a training step: arguments, outputs and temporaries of one device
+    memory_bytes: int | None  # peak of a training step: arguments, outputs and temporaries of one device
 
 
 def train(config: Config, folder: Path, *, say: Callable[[str], None] = print, profile: bool = False) -> dict[str, Any]:

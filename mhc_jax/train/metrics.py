@@ -41,7 +41,7 @@ class MetricsWriter:
         """RUN/stability/STEP.npz."""
         target = self._stability / f"{step:08d}.npz"
         with target.with_suffix(".tmp").open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, allow_pickle=False, **arrays)
         os.replace(target.with_suffix(".tmp"), target)
 
     def __enter__(self) -> "MetricsWriter":

@@ -50,8 +50,8 @@ def initial_state(config: Config) -> TrainState:
     return TrainState(model, optimizer, initial_router_bias(config.model), jnp.zeros((), jnp.int32))
 
 
-def state_shardings(config: Config, mesh: Mesh, rules: Rules) -> TrainState:
-    """Where each array of the state lies: the optimizer's moments with their parameters, everything small on every device."""
+def state_shardings(config: Config, mesh: Mesh, rules: Rules) -> Any:
+    """A `TrainState` with the sharding of each array: the optimizer's moments with their parameters, everything small on every device."""
     shape = jax.eval_shape(lambda: initial_state(config))
     whole = NamedSharding(mesh, PartitionSpec())
     of_model = shardings(mesh, rules, specs(shape.model))
@@ -62,7 +62,7 @@ def state_shardings(config: Config, mesh: Mesh, rules: Rules) -> TrainState:
         of_model,
         transform_non_params=lambda _: whole,
     )
-    return TrainState(of_model, of_optimizer, whole, whole)
+    return TrainState._make((of_model, of_optimizer, whole, whole))
 
 
 def gradients(
@@ -132,13 +132,15 @@ def eval_step(model: Decoder, router_bias: Array, batch: Batch, *, rules: Rules)
     return total, count, stability(aux)
 
 
-def compile_train_step(config: Config, rules: Rules, state: TrainState, batch: Batch) -> tuple[Callable[..., Any], int]:
+def compile_train_step(config: Config, rules: Rules, state: TrainState, batch: Batch) -> tuple[Callable[..., Any], int | None]:
     """The compiled step, which takes over the memory of the state it is given; and its peak memory in bytes on one device.
 
-    The peak is the compiler's: arguments, results and temporaries, shared memory counted once.
+    The peak is the compiler's: arguments, results and temporaries, shared memory counted once; None where it does not tell.
     """
     step = jax.jit(partial(train_step, config=config, rules=rules), donate_argnums=0)
     compiled = step.lower(state, batch).compile()
     memory = compiled.memory_analysis()
+    if memory is None:
+        return compiled, None
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - memory.alias_size_in_bytes
     return compiled, peak

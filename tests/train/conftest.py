@@ -1,7 +1,6 @@
 """A corpus and a config so small that a run takes seconds."""
 
 import random
-from pathlib import Path
 
 import pytest
 

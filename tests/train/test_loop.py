@@ -118,7 +118,7 @@ def test_a_run_without_experts_saves_and_restores(tiny, tmp_path):
 
 def test_another_config_is_refused_with_the_field_and_both_values(run, tiny):
     folder, _ = run
-    with pytest.raises(UserError, match="optimizer.learning_rate: 0.01 in the folder, 0.02 now"):
+    with pytest.raises(UserError, match=r"optimizer\.learning_rate: 0\.01 in the folder, 0\.02 now"):
         train(override(tiny, {"optimizer.learning_rate": 0.02}), folder, say=quiet)
 
 

@@ -48,13 +48,16 @@ def test_accumulated_gradients_equal_the_whole_batchs(tiny):
 def test_router_bias_moves_by_the_rate_against_the_load_of_the_whole_batch(tiny):
     config = override(tiny, {"train.microbatches": 2})
     state, batch = initial_state(config), batch_of(config)
-    load = np.asarray(gradients(state, batch, config, RULES)[4])
+    load = np.asarray(jax.jit(partial(gradients, config=config, rules=RULES))(state, batch)[4])
     assert load.sum() == batch["tokens"].size * config.model.moe.top_k
-    new, _ = train_step(state, batch, config=config, rules=RULES)
+    new, _ = jax.jit(partial(train_step, config=config, rules=RULES))(state, batch)
     np.testing.assert_allclose(new.router_bias, config.model.moe.bias_rate * np.sign(load.mean(axis=-1, keepdims=True) - load), rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["residual", "hc", "mhc", "identity_hc"])
+# tests/parallel compares loss and gradients of every kind; here the whole step with its optimizer is run.
+@pytest.mark.parametrize(
+    "kind", ["mhc", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("residual", "hc", "static_hc", "identity_hc"))]
+)
 def test_eight_devices_train_as_one(tiny, kind):
     config = override(tiny, {"model.residual": kind})
     batches = [batch_of(config, seed) for seed in range(3)]

@@ -37,7 +37,7 @@ class StaticHC(Connection):
         self.bias = initial_bias(n, sublayer)
         self.streams: int = n
 
-    def groups(self) -> dict[str, tuple[int, int, int]]:
+    def groups(self) -> dict[str, tuple[int, ...]]:
         n = self.streams
         return {"bias": (n, n, n * n)}
 
@@ -68,7 +68,7 @@ class HC(Connection):
         self.streams: int = n
         self.norm_eps: float = config.norm_eps
 
-    def groups(self) -> dict[str, tuple[int, int, int]]:
+    def groups(self) -> dict[str, tuple[int, ...]]:
         n = self.streams
         return {"theta": (1, 1, n), "bias": (n, n, n * n), "alpha": (1, 1, 1)}
 

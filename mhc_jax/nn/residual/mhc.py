@@ -67,7 +67,7 @@ class MHC(Connection):
         self.sinkhorn_steps: int = c.sinkhorn_steps
         self.norm_eps: float = config.norm_eps
 
-    def groups(self) -> dict[str, tuple[int, int, int]]:
+    def groups(self) -> dict[str, tuple[int, ...]]:
         n = self.streams
         return {"phi": (n, n, n * n), "bias": (n, n, n * n), "alpha": (1, 1, 1)}
 
@@ -103,7 +103,7 @@ class IdentityHC(Connection):
         self.streams: int = n
         self.norm_eps: float = config.norm_eps
 
-    def groups(self) -> dict[str, tuple[int, int]]:
+    def groups(self) -> dict[str, tuple[int, ...]]:
         n = self.streams
         return {"phi": (n, n), "bias": (n, n), "alpha": (1, 1)}
 

@@ -7,20 +7,25 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from mhc_jax.config import ModelConfig
 from mhc_jax.nn.module import Module
 from mhc_jax.nn.residual.streams import Coefficients
 
 
 class Connection(Module):
-    """The connection around one sublayer. Constructed with (config, sublayer index, key); one sublayer of many, stacked over layers."""
+    """The connection around one sublayer."""
 
     streams: int
 
     # Whether each mapping (pre, post, res) has a gradient while all streams are equal copies, as they are at the first sublayer of the
     # network. Where it has none, what comes out is rounding noise, which Adam with a tiny epsilon would turn into full steps.
     LEARNS_FROM_EQUAL_STREAMS: ClassVar[tuple[bool, ...]] = ()
+
+    def __init__(self, config: ModelConfig, sublayer: Int[Array, ""], key: PRNGKeyArray):
+        """Initial parameters of sublayer 0, 1, ... of the network; called under `jax.vmap` to make a stack of layers."""
+        raise NotImplementedError
 
     def coefficients(self, x: Float[Array, "B S nC"]) -> Coefficients:
         """The mappings for every token, float32 or wider."""
@@ -42,7 +47,7 @@ class Connection(Module):
 class PlainResidual(Connection):
     """x + F(x): one stream, no parameters."""
 
-    def __init__(self, config, sublayer, key):
+    def __init__(self, config: ModelConfig, sublayer: Int[Array, ""], key: PRNGKeyArray):
         self.streams = 1
 
     def coefficients(self, x: Float[Array, "B S C"]) -> Coefficients:
