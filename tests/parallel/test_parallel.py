@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from small import KINDS, make, make_batch, relative, shaken, small
+from small import KINDS, make, make_batch, relative, shaken, small, widened
 
 from mhc_jax.config import MeshConfig
 from mhc_jax.errors import UserError
@@ -67,13 +67,13 @@ def test_a_function_on_token_shards_sees_its_own_tokens_and_whole_parameters():
     assert seen[0] == ((16, 3), (3, 5))
     assert seen[-1] == ((2, 3), (3, 5))
     for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone)):
-        assert relative(a, b) < 1e-6
+        assert relative(a, b) < 1e-5
 
 
 @cache
 def case(kind: str):
     config = small(residual=kind, num_layers=2)
-    return config, shaken(make(config), scale=0.5), make_batch(config, sequences=8)
+    return config, widened(shaken(make(config))), make_batch(config, sequences=8)
 
 
 def differentiate(config, rules):
@@ -99,7 +99,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("kind", "data", "fsdp"), CASES)
-def test_eight_devices_give_the_loss_and_gradients_of_one(kind, data, fsdp):
+def test_eight_devices_give_the_loss_and_gradients_of_one(float64, kind, data, fsdp):
+    """In float64, so that the order of sums over devices does not blur the comparison."""
     config, model, batch = case(kind)
     loss, grads = on_one_device(kind)
     mesh, rules = make_mesh(MeshConfig(data=data, fsdp=fsdp)), Rules()
@@ -107,9 +108,9 @@ def test_eight_devices_give_the_loss_and_gradients_of_one(kind, data, fsdp):
         placed = jax.device_put(model, shardings(mesh, rules, specs(model)))
         split = jax.device_put(batch, NamedSharding(mesh, rules.spec("batch", None)))
         loss_split, grads_split = differentiate(config, rules)(placed, split)
-    assert relative(loss_split, loss) < 1e-6
+    assert relative(loss_split, loss) < 1e-13
     wanted = dict(named_parameters(grads))
     for name, grad in named_parameters(grads_split):
-        assert relative(grad, wanted[name]) < 1e-5, name
+        assert relative(grad, wanted[name]) < 1e-10, name
     if fsdp > 1:
         assert placed.unembed.addressable_shards[0].data.shape == (config.dim // fsdp, config.vocab_size)
