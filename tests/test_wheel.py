@@ -25,7 +25,7 @@ def test_the_wheel_works_outside_the_checkout(tmp_path):
     subprocess.run(install, check=True)
     # Isolated from the checkout: started elsewhere, with the wheel first on the path.
     code = (
-        f"import sys; sys.path.insert(0, {str(site)!r}); import mhc_jax; assert mhc_jax.__file__.startswith({str(site)!r}), mhc_jax.__file__; "
+        f"import sys; sys.path.insert(0, {str(site)!r}); import mhc_jax; assert mhc_jax.__file__.startswith({str(site)!r}); "
         "from mhc_jax.cli import main; from mhc_jax.experiments.ablation import ablation; from mhc_jax import configs; "
         "ablation(configs.get('27b')); sys.exit(main(['--help']))"
     )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mhc_jax.nn.norm import wide
+from mhc_jax.nn.norm import wide, wide_dtype
 
 
 def causal_attention(
@@ -52,7 +52,7 @@ def _hidden(q_segment: Int[Array, "B Q"], k_segment: Int[Array, "B K"], start: i
 
 
 def _logits(q_nope, q_rope, k_nope, k_rope, hidden, scale):
-    wide_type = wide(q_nope[:0]).dtype
+    wide_type = wide_dtype(q_nope)
     product = partial(jnp.einsum, preferred_element_type=wide_type)
     dots = product("bhqd,bhkd->bhqk", q_nope, k_nope) + product("bhqr,bkr->bhqk", q_rope, k_rope)
     return dots * scale + hidden[:, None].astype(wide_type)

@@ -19,7 +19,7 @@ from mhc_jax.nn.loss import next_token_loss
 from mhc_jax.nn.mla import MLA
 from mhc_jax.nn.module import Module, Spec, normal
 from mhc_jax.nn.moe import MoE
-from mhc_jax.nn.norm import inverse_rms, rms_norm, wide
+from mhc_jax.nn.norm import inverse_rms, rms_norm, wide, wide_dtype
 from mhc_jax.nn.remat import remat
 from mhc_jax.nn.residual.hc import HC, StaticHC
 from mhc_jax.nn.residual.mhc import MHC, IdentityHC, pre_bias, projected
@@ -183,7 +183,7 @@ def hidden_states(
     With `trace`, the connections' mappings for the first sequence are kept (memory: 2 L n^2 S float32).
     """
     config, n = model.config, model.streams
-    wide_type = jnp.promote_types(model.embedding.dtype, jnp.float32)
+    wide_type = wide_dtype(model.embedding)
     compute = jnp.dtype(config.dtype) if wide_type == jnp.float32 else wide_type
     x = expand(model.embedding.astype(compute)[tokens], n)
     x = _constrain(x, rules)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mhc_jax.nn.norm import wide
+from mhc_jax.nn.norm import wide_dtype
 
 
 def next_token_loss(
@@ -59,7 +59,7 @@ _summed_loss.defvjp(_summed_loss_fwd, _summed_loss_bwd)
 
 def _of_piece(hidden: Float[Array, "B s C"], targets: Int[Array, "B s"], unembed: Float[Array, "C V"]):
     """Summed loss of a piece, and its gradient with respect to the logits in the compute dtype."""
-    logits = jnp.matmul(hidden, unembed.astype(hidden.dtype), preferred_element_type=wide(hidden[:0]).dtype)
+    logits = jnp.matmul(hidden, unembed.astype(hidden.dtype), preferred_element_type=wide_dtype(hidden))
     valid = (targets >= 0)[..., None]
     own = jnp.arange(logits.shape[-1])[None, None] == targets[..., None]
     log_total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
@@ -78,4 +78,4 @@ def _pieces(hidden, targets, chunk):
 
 
 def _zero(hidden):
-    return jnp.zeros((), wide(hidden[:0]).dtype)
+    return jnp.zeros((), wide_dtype(hidden))

@@ -5,9 +5,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
+def wide_dtype(x: Array) -> jnp.dtype:
+    """float32, or the array's own type where that is wider: the precision of norms, coefficients, routing and logits."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
 def wide(x: Array) -> Array:
-    """The array in float32, or in its own type where that is wider: the precision of norms, coefficients and routing."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    """The array in its `wide_dtype`."""
+    return x.astype(wide_dtype(x))
 
 
 def inverse_rms(x: Float[Array, "... C"], eps: float) -> Float[Array, "... 1"]:

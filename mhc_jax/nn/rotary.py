@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mhc_jax.config import RopeConfig
-from mhc_jax.nn.norm import wide
+from mhc_jax.nn.norm import wide_dtype
 
 
 def frequencies(dim: int, rope: RopeConfig) -> Float[np.ndarray, "{dim}//2"]:
@@ -39,7 +39,7 @@ def softmax_temperature(rope: RopeConfig) -> float:
 
 def rotate(x: Float[Array, "B S *heads dim"], positions: Int[Array, "B S"], rope: RopeConfig) -> Float[Array, "B S *heads dim"]:
     """Rotates the pairs (x[2i], x[2i+1]) by position times frequency, in float32 or wider; the result has x's type."""
-    wide_type = wide(x[:0]).dtype
+    wide_type = wide_dtype(x)
     angle = positions.astype(wide_type)[..., None] * jnp.asarray(frequencies(x.shape[-1], rope), wide_type)[None, None]
     angle = angle.reshape(*angle.shape[:2], *(1,) * (x.ndim - 3), angle.shape[-1])
     cos, sin = jnp.cos(angle), jnp.sin(angle)
