@@ -24,7 +24,7 @@ def test_only_matrices_decay(tiny):
     assert not any(name.endswith(("norm", "bias", "alpha")) for name in decaying)
 
 
-@pytest.mark.parametrize("dense_layers", [0, 1])
+@pytest.mark.parametrize("dense_layers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_first_sublayers_idle_mappings_never_move(tiny, dense_layers):
     config = override(tiny, {"model.dense_layers": dense_layers}).model
     model = jax.jit(lambda: Decoder(config, jax.random.key(0)))()

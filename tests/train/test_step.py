@@ -1,6 +1,6 @@
 """One step: the same whatever the number of microbatches or devices."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +32,15 @@ def largest_error(a, b):
     return max(float(jnp.abs(x - y).max() / jnp.maximum(jnp.abs(y).max(), 1e-12)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
+@cache
+def gradients_of(config):
+    return jax.jit(partial(gradients, config=config, rules=RULES))(initial_state(config), batch_of(config))
+
+
 def test_accumulated_gradients_equal_the_whole_batchs(tiny):
     whole = override(tiny, {"model.moe.balance_loss": 0.1})
-    parts = override(whole, {"train.microbatches": 4})
-    state, batch = initial_state(whole), batch_of(whole)
-    expected = jax.jit(partial(gradients, config=whole, rules=RULES))(state, batch)
-    actual = jax.jit(partial(gradients, config=parts, rules=RULES))(state, batch)
+    expected = gradients_of(whole)
+    actual = gradients_of(override(whole, {"train.microbatches": 4}))
     assert largest_error(actual[0], expected[0]) < 1e-5
     assert float(actual[1]) == pytest.approx(float(expected[1]), rel=1e-6)  # loss
     assert float(actual[2]) == pytest.approx(float(expected[2]), rel=1e-6)  # balance loss
@@ -46,18 +49,16 @@ def test_accumulated_gradients_equal_the_whole_batchs(tiny):
 
 
 def test_router_bias_moves_by_the_rate_against_the_load_of_the_whole_batch(tiny):
-    config = override(tiny, {"train.microbatches": 2})
-    state, batch = initial_state(config), batch_of(config)
-    load = np.asarray(jax.jit(partial(gradients, config=config, rules=RULES))(state, batch)[4])
-    assert load.sum() == batch["tokens"].size * config.model.moe.top_k
-    new, _ = jax.jit(partial(train_step, config=config, rules=RULES))(state, batch)
+    config = override(tiny, {"model.moe.balance_loss": 0.1, "train.microbatches": 4})
+    load = np.asarray(gradients_of(config)[4])
+    assert load.sum() == config.tokens_per_step * config.model.moe.top_k
+    new, _ = jax.jit(partial(train_step, config=config, rules=RULES))(initial_state(config), batch_of(config))
     np.testing.assert_allclose(new.router_bias, config.model.moe.bias_rate * np.sign(load.mean(axis=-1, keepdims=True) - load), rtol=1e-6)
 
 
-# tests/parallel compares loss and gradients of every kind; here the whole step with its optimizer is run.
-@pytest.mark.parametrize(
-    "kind", ["mhc", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("residual", "hc", "static_hc", "identity_hc"))]
-)
+# The fast suite compares loss and gradients in tests/parallel; here three whole steps with their optimizer are run.
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["residual", "hc", "static_hc", "mhc", "identity_hc"])
 def test_eight_devices_train_as_one(tiny, kind):
     config = override(tiny, {"model.residual": kind})
     batches = [batch_of(config, seed) for seed in range(3)]
