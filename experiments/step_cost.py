@@ -17,7 +17,7 @@ from mhc_jax.config import Config, override
 from mhc_jax.nn.count import count_parameters
 from mhc_jax.parallel.mesh import make_mesh
 from mhc_jax.parallel.rules import Rules
-from mhc_jax.train.step import compile_train_step, initial_state, state_shardings
+from mhc_jax.train.step import compile_train_step, placed_initial_state
 
 WARM_UP = 2  # steps of each variant that are not counted
 
@@ -47,8 +47,7 @@ def measure(config: Config, kinds: Sequence[str], rounds: int) -> list[StepCost]
         configs = [override(config, {"model.residual": kind}) for kind in kinds]
         states, steps, peaks = [], [], []
         for variant in configs:
-            placement = state_shardings(variant, mesh, rules)
-            states.append(jax.jit(lambda variant=variant: initial_state(variant), out_shardings=placement)())
+            states.append(placed_initial_state(variant, mesh, rules))
             step, peak = compile_train_step(variant, rules, states[-1], batch)
             steps.append(step)
             peaks.append(peak)

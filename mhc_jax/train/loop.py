@@ -27,7 +27,7 @@ from mhc_jax.train.checkpoint import Checkpoints
 from mhc_jax.train.folder import finished
 from mhc_jax.train.metrics import MetricsWriter, finite, read_lines
 from mhc_jax.train.progress import Progress
-from mhc_jax.train.step import TrainState, compile_train_step, eval_step, initial_state, state_shardings
+from mhc_jax.train.step import TrainState, compile_train_step, eval_step, placed_initial_state
 
 PROFILED_STEPS = range(10, 15)  # after compilation and warm-up
 
@@ -77,8 +77,7 @@ def train(config: Config, folder: Path, *, say: Callable[[str], None] = print, p
     ]
 
     with jax.set_mesh(mesh):
-        placement = state_shardings(config, mesh, rules)
-        state = jax.jit(lambda: initial_state(config), out_shardings=placement)()
+        state = placed_initial_state(config, mesh, rules)
         checkpoints = Checkpoints(folder, config)
         if (restored := checkpoints.restore(state)) is not None:
             state, position = restored

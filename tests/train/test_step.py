@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from mhc_jax.config import MeshConfig, override
 from mhc_jax.parallel.mesh import make_mesh
 from mhc_jax.parallel.rules import Rules
-from mhc_jax.train.step import gradients, initial_state, state_shardings, train_step
+from mhc_jax.train.step import gradients, initial_state, placed_initial_state, train_step
 
 RULES = Rules()
 
@@ -67,8 +67,7 @@ def test_eight_devices_train_as_one(tiny, kind):
         on_mesh = override(config, {"mesh.data": mesh_config.data, "mesh.fsdp": mesh_config.fsdp})
         mesh = make_mesh(on_mesh.mesh)
         with jax.set_mesh(mesh):
-            placement = state_shardings(on_mesh, mesh, RULES)
-            state = jax.jit(lambda: initial_state(on_mesh), out_shardings=placement)()
+            state = placed_initial_state(on_mesh, mesh, RULES)
             step = jax.jit(partial(train_step, config=on_mesh, rules=RULES))
             found = []
             for batch in batches:
