@@ -278,6 +278,8 @@ def validate(config: Config) -> None:
     ):
         _divides("mesh.data x mesh.fsdp", shards, path, sequences)
     _divides("mesh.fsdp", mesh.fsdp, "model.dim", m.dim)
+    # A checkpoint carries the held-out loss that decides whether it is kept as one of the best.
+    _divides("train.eval_every", t.eval_every, "train.checkpoint_every", t.checkpoint_every)
 
 
 def _one_of(path: str, value: str, known: tuple[str, ...]) -> None:

@@ -5,6 +5,7 @@ outlives Flax), and the data position and config as JSON.
 """
 
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from mhc_jax.train.step import TrainState
 
 
 class Checkpoints:
-    """RUN/checkpoints: the newest `train.keep_last` and the `train.keep_best` of lowest held-out loss."""
+    """RUN/checkpoints: the newest `train.keep_last` and the `train.keep_best` of lowest held-out loss. A context manager."""
 
     def __init__(self, folder: Path, config: Config):
         self._config = config
@@ -60,8 +61,11 @@ class Checkpoints:
         )
         return _rebuilt(like, restored["state"]), restored["data"]
 
-    def close(self) -> None:
-        """Waits for the last write."""
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Waits for the last write, also when a run is interrupted."""
         self._manager.wait_until_finished()
         self._manager.close()
 

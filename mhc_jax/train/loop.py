@@ -58,55 +58,41 @@ def train(config: Config, folder: Path, *, say: Callable[[str], None] = print, p
     mesh, rules = make_mesh(config.mesh), Rules()
     data = prepare(config.data, config.model.vocab_size, progress=say)
     place = partial(jax.make_array_from_process_local_data, NamedSharding(mesh, rules.spec("batch", None)))
-    index, processes = jax.process_index(), jax.process_count()
-    share = config.train.batch_size // processes
-    batches = training_batches(
-        data,
-        seq_len=config.data.seq_len,
-        batch_size=share,
-        seed=config.train.seed,
-        process_index=index,
-        process_count=processes,
-        read_threads=config.data.read_threads,
-        workers=config.data.workers,
-    )
-    eval_size = math.gcd(config.train.eval_sequences, config.train.batch_size // config.train.microbatches)
-    heldout = [  # the same rows in every process, which places its share
-        {name: place(np.split(x, processes)[index]) for name, x in batch.items()}
-        for batch in heldout_batches(data, seq_len=config.data.seq_len, sequences=config.train.eval_sequences, batch_size=eval_size)
-    ]
+    batches, heldout = _open_data(config, data, place)
 
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), Checkpoints(folder, config) as checkpoints:
         state = placed_initial_state(config, mesh, rules)
-        checkpoints = Checkpoints(folder, config)
         if (restored := checkpoints.restore(state)) is not None:
             state, position = restored
             batches.set_state(position)
             say(f"resuming after step {int(state.step)}")
         first_step = int(state.step)
-        example = {name: place(np.zeros((share, config.data.seq_len), np.int32)) for name in heldout[0]}
-        programs = _compile(config, rules, state, example, heldout[0])
-        say(f"compiled in {programs.seconds:.1f} s")
+        say("compiling")
+        programs = _compile(config, rules, state, heldout[0])
+        clock = time.perf_counter()
+        first_step_seconds: float | None = None  # stays so when a cut run had only its summary left to write
 
         # Without a checkpoint a cut run begins again, its step 0 included.
         with MetricsWriter(folder, -1 if restored is None else first_step) as writer, Progress(config, first_step) as progress:
 
-            def evaluate(state: TrainState) -> float:
+            def evaluate() -> float:
                 loss, scalars, arrays = _evaluate(programs, state, heldout)
                 writer.write("eval", int(state.step), scalars)
                 writer.write_stability(int(state.step), {**arrays, "learnable": learnable_mappings(config.model)})
                 progress.evaluated(int(state.step), loss)
                 return loss
 
-            def finish(step: int, metrics: Any, seconds: float) -> None:
-                values = {name: float(value) for name, value in metrics._asdict().items()}
-                writer.write("train", step, {**values, "tokens": step * config.tokens_per_step, "seconds": seconds})
-                progress.stepped(step, values["loss"], seconds)
+            def finish(step: int, metrics: Any) -> None:
+                nonlocal clock
+                values = {name: float(value) for name, value in metrics._asdict().items()}  # waits for the device
+                now = time.perf_counter()
+                writer.write("train", step, {**values, "tokens": step * config.tokens_per_step, "seconds": now - clock})
+                progress.stepped(step, values["loss"], now - clock)
+                clock = now
 
             if first_step == 0:
-                evaluate(state)
-            first_step_seconds: float | None = None  # stays so when a cut run had only its summary left to write
-            pending: tuple[int, Any] | None = None  # the step that the device is still computing
+                evaluate()
+            pending: tuple[int, Any] | None = None  # the step that the device is still computing while the next batch is read
             clock = time.perf_counter()
             for step in range(first_step + 1, config.train.steps + 1):
                 batch = {name: place(x) for name, x in next(batches).items()}
@@ -114,38 +100,57 @@ def train(config: Config, folder: Path, *, say: Callable[[str], None] = print, p
                     jax.profiler.start_trace(folder / "profile")
                 state, metrics = programs.train_step(state, batch)
                 if pending is not None:
-                    jax.block_until_ready(pending[1])
-                    now = time.perf_counter()
-                    finish(*pending, now - clock)
-                    clock = now
+                    finish(*pending)
                 pending = step, metrics
-                evaluates = step % config.train.eval_every == 0 or step == config.train.steps
-                if evaluates or step == first_step + 1:
+                if step == first_step + 1:
                     jax.block_until_ready(metrics)
-                    finish(*pending, time.perf_counter() - clock)
-                    pending = None
-                    if step == first_step + 1:
-                        first_step_seconds = time.perf_counter() - started
-                        say(f"first step after {first_step_seconds:.1f} s, of which {programs.seconds:.1f} s compiling")
+                    first_step_seconds = time.perf_counter() - started
+                    say(f"first step after {first_step_seconds:.1f} s, of which {programs.seconds:.1f} s compiling")
                 if profile and step - first_step == PROFILED_STEPS.stop:
-                    jax.block_until_ready(state.step)
+                    jax.block_until_ready(metrics)
                     jax.profiler.stop_trace()
                     say(f"profile written to {folder / 'profile'}")
-                if evaluates:
-                    loss = evaluate(state)
+                if step % config.train.eval_every == 0 or step == config.train.steps:
+                    finish(*pending)
+                    pending = None
+                    loss = evaluate()
                     if step % config.train.checkpoint_every == 0 or step == config.train.steps:
                         checkpoints.save(state, batches.get_state(), loss)
-                if pending is None:
                     clock = time.perf_counter()
-        checkpoints.close()
 
     summary = _summary(config, folder, data, programs, first_step_seconds)
     write_json(folder / "summary.json", summary)
     return summary
 
 
-def _compile(config: Config, rules: Rules, state: TrainState, batch: Any, heldout: Any) -> Compiled:
+def _open_data(config: Config, data: Prepared, place: Callable[[np.ndarray], jax.Array]) -> tuple[Any, list[dict[str, jax.Array]]]:
+    """This process's share of the training batches, on the host; the held-out batches, on the devices."""
+    index, processes = jax.process_index(), jax.process_count()
+    batches = training_batches(
+        data,
+        seq_len=config.data.seq_len,
+        batch_size=config.train.batch_size // processes,
+        seed=config.train.seed,
+        process_index=index,
+        process_count=processes,
+        read_threads=config.data.read_threads,
+        workers=config.data.workers,
+    )
+    sequences = config.train.eval_sequences
+    size = math.gcd(sequences, config.train.batch_size // config.train.microbatches)
+    # The held-out rows are the same in every process, which places its share of them.
+    heldout = [
+        {name: place(np.split(x, processes)[index]) for name, x in batch.items()}
+        for batch in heldout_batches(data, seq_len=config.data.seq_len, sequences=sequences, batch_size=size)
+    ]
+    return batches, heldout
+
+
+def _compile(config: Config, rules: Rules, state: TrainState, heldout: dict[str, jax.Array]) -> Compiled:
+    """Compiles both programs, for training batches that lie as the held-out ones do."""
     started = time.perf_counter()
+    shape = (config.train.batch_size, config.data.seq_len)
+    batch = {name: jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding) for name, x in heldout.items()}
     step, memory_bytes = compile_train_step(config, rules, state, batch)
     evaluation = jax.jit(partial(eval_step, rules=rules)).lower(state.model, state.router_bias, heldout).compile()
     return Compiled(step, evaluation, time.perf_counter() - started, memory_bytes)

@@ -139,8 +139,10 @@ def eval_step(model: Decoder, router_bias: Array, batch: Batch, *, rules: Rules)
     return total, count, stability(aux)
 
 
-def compile_train_step(config: Config, rules: Rules, state: TrainState, batch: Batch) -> tuple[Callable[..., Any], int | None]:
+def compile_train_step(config: Config, rules: Rules, state: TrainState, batch: Any) -> tuple[Callable[..., Any], int | None]:
     """The compiled step, which takes over the memory of the state it is given; and its peak memory in bytes on one device.
+
+    The batch may be arrays or their shapes.
 
     The peak is the compiler's: arguments, results and temporaries, shared memory counted once; None where it does not tell.
     """

@@ -91,20 +91,18 @@ def test_a_cut_run_goes_on_bit_for_bit(run, tiny, tmp_path, monkeypatch, cut_at)
 def test_checkpoints_keep_the_newest_and_the_best(run, tiny, tmp_path):
     folder, _ = run
     assert sorted(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()) == [6, 8]  # the newest is the best
-    checkpoints = Checkpoints(tmp_path, tiny)
     state = initial_state(tiny)
-    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5)):
-        checkpoints.save(state._replace(step=state.step + step), {}, loss)
-    checkpoints.close()
+    with Checkpoints(tmp_path, tiny) as checkpoints:
+        for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5)):
+            checkpoints.save(state._replace(step=state.step + step), {}, loss)
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [2, 3, 4]
 
 
 def test_a_checkpoint_restores_every_array(run, tiny):
     folder, _ = run
-    checkpoints = Checkpoints(folder, tiny)
-    state, _ = checkpoints.restore(initial_state(tiny))
-    again, _ = checkpoints.restore(initial_state(tiny))
-    checkpoints.close()
+    with Checkpoints(folder, tiny) as checkpoints:
+        state, _ = checkpoints.restore(initial_state(tiny))
+        again, _ = checkpoints.restore(initial_state(tiny))
     assert int(state.step) == 8
     assert jax.tree.structure(state) == jax.tree.structure(initial_state(tiny))
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(again)))
