@@ -117,7 +117,7 @@ def _with_config(kind: type[Options], command: str, args: list[str]) -> Options:
     for arg in args[1:]:
         flag, equals, value = arg.partition("=")
         rest.append(SHORTHANDS.get(flag, flag) + equals + value)
-    return tyro.cli(kind, prog=f"mhc-jax {command} {args[0]}", args=rest, default=default, config=(tyro.conf.FlagConversionOff,))
+    return tyro.cli(kind, prog=f"mhc-jax {command} {args[0]}", args=rest, default=default)
 
 
 def _train(args: list[str]) -> None:
