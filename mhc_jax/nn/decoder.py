@@ -104,7 +104,7 @@ class Head(Module):
         n = config.connections.streams
         self.phi = jnp.zeros((n, n * config.dim))
         self.bias = pre_bias(n, jnp.asarray(2 * config.num_layers))
-        self.alpha = jnp.full(1, config.connections.gate_init)
+        self.alpha = jnp.full(1, config.connections.gate_init, jnp.float32)
         self.norm_eps: float = config.norm_eps
 
     def __call__(self, x: Float[Array, "B S nC"]) -> Float[Array, "n T"]:

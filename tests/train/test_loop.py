@@ -105,6 +105,9 @@ def test_a_checkpoint_restores_every_array(run, tiny):
         again, _ = checkpoints.restore(initial_state(tiny))
     assert int(state.step) == 8
     assert jax.tree.structure(state) == jax.tree.structure(initial_state(tiny))
+    # Types too, weak ones included, so that a resumed run finds its compiled programs in the cache.
+    types = [[(x.dtype, x.weak_type) for x in jax.tree.leaves(s)] for s in (state, initial_state(tiny))]
+    assert types[0] == types[1]
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(again)))
     assert not np.array_equal(state.model.embedding, initial_state(tiny).model.embedding)
 

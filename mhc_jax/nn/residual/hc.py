@@ -64,7 +64,7 @@ class HC(Connection):
         n = config.connections.streams
         self.theta = jnp.zeros((n + 2, config.dim))
         self.bias = initial_bias(n, sublayer)
-        self.alpha = jnp.full(3, config.connections.gate_init)
+        self.alpha = jnp.full(3, config.connections.gate_init, jnp.float32)
         self.streams: int = n
         self.norm_eps: float = config.norm_eps
 

@@ -62,7 +62,7 @@ class MHC(Connection):
         n = c.streams
         self.phi = jnp.zeros((n * (n + 2), n * config.dim))
         self.bias = jnp.concatenate([pre_bias(n, sublayer), jnp.zeros(n), c.res_diagonal * jnp.eye(n).reshape(-1)])
-        self.alpha = jnp.full(3, c.gate_init)
+        self.alpha = jnp.full(3, c.gate_init, jnp.float32)
         self.streams: int = n
         self.sinkhorn_steps: int = c.sinkhorn_steps
         self.norm_eps: float = config.norm_eps
@@ -99,7 +99,7 @@ class IdentityHC(Connection):
         n = config.connections.streams
         self.phi = jnp.zeros((2 * n, n * config.dim))
         self.bias = jnp.concatenate([pre_bias(n, sublayer), jnp.zeros(n)])
-        self.alpha = jnp.full(2, config.connections.gate_init)
+        self.alpha = jnp.full(2, config.connections.gate_init, jnp.float32)
         self.streams: int = n
         self.norm_eps: float = config.norm_eps
 
