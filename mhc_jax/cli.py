@@ -170,7 +170,7 @@ def _bench(args: list[str]) -> None:
 
 
 def _prepare_jax() -> None:
-    """Compiled programs are kept between runs; processes of a cluster find each other."""
+    """Compiled programs are kept between runs, and on a CPU the memory of a step for the next."""
     import jax
 
     from mhc_jax.data.prepare import cache_root

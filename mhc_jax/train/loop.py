@@ -18,6 +18,7 @@ from mhc_jax import config as configs
 from mhc_jax.config import Config
 from mhc_jax.data.pipeline import heldout_batches, training_batches
 from mhc_jax.data.prepare import Prepared, prepare
+from mhc_jax.errors import UserError
 from mhc_jax.files import write_atomically, write_json
 from mhc_jax.nn.count import count_parameters
 from mhc_jax.nn.decoder import learnable_mappings
@@ -46,7 +47,8 @@ def train(config: Config, folder: Path, *, say: Callable[[str], None] = print, p
     """Trains a config in a run folder and returns its summary; a finished run returns at once, a cut one goes on.
 
     Raises:
-      UserError: the folder belongs to another config, the data does not fit, or the mesh asks for more devices than there are.
+      UserError: the folder belongs to another config, the data does not fit, the mesh asks for more devices than there are, or too few
+        steps are left for a profile.
     """
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,6 +69,8 @@ def train(config: Config, folder: Path, *, say: Callable[[str], None] = print, p
             batches.set_state(position)
             say(f"resuming after step {int(state.step)}")
         first_step = int(state.step)
+        if profile and (left := config.train.steps - first_step) < PROFILED_STEPS.stop:
+            raise UserError(f"a profile needs {PROFILED_STEPS.stop} steps, but {left} are left to train; raise train.steps, or go without")
         say("compiling")
         programs = _compile(config, rules, state, heldout[0])
         clock = time.perf_counter()

@@ -123,6 +123,11 @@ def test_another_config_is_refused_with_the_field_and_both_values(run, tiny):
         train(override(tiny, {"optimizer.learning_rate": 0.02}), folder, say=quiet)
 
 
+def test_a_profile_that_would_not_be_complete_is_refused(tiny, tmp_path):
+    with pytest.raises(UserError, match="a profile needs 15 steps, but 8 are left"):
+        train(tiny, tmp_path, say=quiet, profile=True)
+
+
 def test_spikes_are_losses_far_above_the_steps_before():
     losses = np.tile([2.0, 2.1], 50)
     assert count_spikes(losses) == 0
