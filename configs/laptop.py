@@ -9,8 +9,8 @@ def laptop() -> Config:
     Source: the shape of arXiv 2512.24880's models (Table 5: leading dense layer, shared and routed experts, n = 4), scaled down; float32.
     Chosen here: the learning rate is the plain residual's best of 7.5e-4, 1.5e-3 and 3e-3 (5.05, 4.84, 5.07 nats, one seed); all variants
     share it.
-    Expect: all variants about 1 nat below the unigram entropy; at seed 0 HC lowest (0.17 nats below the plain residual), mHC and identity HC
-    level with each other (0.08 below). HC's composite gain near 10, mHC's near 1.
+    Expect: all variants about 1 nat below the unigram entropy; at seed 0 HC lowest (0.17 nats below the plain residual), mHC and identity
+    HC level with each other (0.08 below). HC's composite gain near 10, mHC's near 1.
     Cost: under 6 minutes for the four variants on two CPU cores.
     Command: mhc-jax ablate laptop
     """
