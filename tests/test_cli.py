@@ -116,6 +116,13 @@ def test_ablate_writes_a_report_that_report_redraws(text, tmp_path):
     assert (folder / "report.html").exists()
 
 
+def test_a_refused_config_does_not_claim_the_folder(text, tmp_path):
+    args = ["train", "laptop", "--out", str(tmp_path / "run"), *TINY]
+    assert main([*args, "--data.source", "nowhere/*.txt"]) == 2
+    assert not (tmp_path / "run").exists()
+    assert main([*args, "--data.source", text]) == 0
+
+
 def test_data_prints_where_the_tokens_are(text, capsys):
     assert main(["data", "laptop", "--data.source", text, "--model.vocab-size", "280"]) == 0
     assert "train" in capsys.readouterr().out

@@ -51,17 +51,16 @@ def train(config: Config, folder: Path, *, say: Callable[[str], None] = print, p
         steps are left for a profile.
     """
     started = time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
     if (summary := finished(config, folder)) is not None:
         return summary
-    write_json(folder / "config.json", configs.to_json(config))
-    write_atomically(folder / "config.txt", configs.to_text(config))
-
     mesh, rules = make_mesh(config.mesh), Rules()
     data = prepare(config.data, config.model.vocab_size, progress=say)
     place = partial(jax.make_array_from_process_local_data, NamedSharding(mesh, rules.spec("batch", None)))
     batches, heldout = _open_data(config, data, place)
 
+    # Only now, so that a config refused above does not claim the folder.
+    write_json(folder / "config.json", configs.to_json(config))
+    write_atomically(folder / "config.txt", configs.to_text(config))
     with jax.set_mesh(mesh), Checkpoints(folder, config) as checkpoints:
         state = placed_initial_state(config, mesh, rules)
         if (restored := checkpoints.restore(state)) is not None:

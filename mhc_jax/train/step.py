@@ -100,9 +100,8 @@ def gradients(
         grads, (loss, balance, logit, load) = differentiate(state.model, part)
         return (jax.tree.map(jnp.add, sums, (grads, loss, balance, load)), jnp.maximum(largest, logit)), None
 
-    zeros = (jax.tree.map(jnp.zeros_like, state.model), 0.0, 0.0, jnp.zeros(state.router_bias.shape, jnp.int32))
-    zeros = jax.tree.map(jnp.asarray, zeros)
-    ((grads, loss, balance, load), largest), _ = jax.lax.scan(accumulate, (zeros, -jnp.inf * jnp.ones(())), split)
+    zeros = (jax.tree.map(jnp.zeros_like, state.model), jnp.zeros(()), jnp.zeros(()), jnp.zeros(state.router_bias.shape, jnp.int32))
+    ((grads, loss, balance, load), largest), _ = jax.lax.scan(accumulate, (zeros, jnp.array(-jnp.inf)), split)
     return grads, loss, balance, largest, load
 
 

@@ -130,10 +130,11 @@ def test_a_run_of_another_config_is_not_mixed_in(tmp_path):
 
 @pytest.mark.parametrize(("std", "median", "high"), [(1, 3e-13, 1.9e-6), (2, 8e-7, 1.2e-2), (4, 2.9e-3, 4.5e-2), (10, 2.9e-2, 1.1e-1)])
 def test_sinkhorn_column_errors_against_an_independent_measurement(std, median, high):
-    # 20,000 matrices with other random numbers. The tail at std 1 is steep, so it agrees within a factor of two only.
+    # 20,000 matrices with other random numbers, printed to one or two figures: medians agree to 12 %, 99th percentiles, which rest on 200
+    # matrices, to 21 %.
     errors = column_errors(std, streams=4, steps=20)
-    assert np.median(errors) == pytest.approx(median, rel=0.5)
-    assert np.quantile(errors, 0.99) == pytest.approx(high, rel=0.5)
+    assert np.median(errors) == pytest.approx(median, rel=0.15)
+    assert np.quantile(errors, 0.99) == pytest.approx(high, rel=0.25)
 
 
 def test_formats():

@@ -3,8 +3,9 @@
 import random
 
 import pytest
+from small import BASE
 
-from mhc_jax.config import AttentionConfig, Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
+from mhc_jax.config import Config, override
 
 
 @pytest.fixture(scope="session")
@@ -29,22 +30,18 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="session")
 def tiny(corpus: str) -> Config:
-    return Config(
-        name="tiny",
-        model=ModelConfig(
-            residual="mhc",
-            vocab_size=280,
-            num_layers=2,
-            dim=16,
-            dense_layers=1,
-            dense_dim=24,
-            attention=AttentionConfig(num_heads=2, nope_dim=8, rope_dim=4, value_dim=8, kv_rank=8),
-            moe=MoEConfig(num_experts=4, top_k=2, shared_experts=1, expert_dim=8),
-            init_std=0.1,
-            dtype="float32",
-            remat="none",
-        ),
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
-        data=DataConfig(seq_len=32, source=corpus, heldout_share=0.2),
-        train=TrainConfig(steps=8, batch_size=8, eval_every=2, eval_sequences=8, checkpoint_every=2, keep_last=2, keep_best=1),
-    )
+    changes = {
+        "name": "tiny",
+        "model.vocab_size": 280,
+        "model.num_layers": 2,
+        "optimizer.learning_rate": 1e-2,
+        "optimizer.warmup_steps": 2,
+        "data.seq_len": 32,
+        "data.source": corpus,
+        "data.heldout_share": 0.2,
+        "train.steps": 8,
+        "train.eval_every": 2,
+        "train.eval_sequences": 8,
+        "train.checkpoint_every": 2,
+    }
+    return override(BASE, changes)
