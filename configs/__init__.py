@@ -3,15 +3,20 @@
 from collections.abc import Callable
 
 from mhc_jax.config import Config
-from mhc_jax.configs import laptop, paper
+from mhc_jax.configs import depth30, engram, laptop, paper
 from mhc_jax.errors import UserError
 
 CONFIGS: dict[str, Callable[[], Config]] = {
     "laptop": laptop.laptop,
+    "depth30": depth30.depth30,
     "3b": paper.paper_3b,
     "9b": paper.paper_9b,
     "27b": paper.paper_27b,
     "3b_1t": paper.paper_3b_1t,
+    "engram_27b": engram.engram_27b,
+    "engram_40b": engram.engram_40b,
+    "engram_moe_27b": engram.engram_moe_27b,
+    "engram_dense_4b": engram.engram_dense_4b,
 }
 
 

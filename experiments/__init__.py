@@ -3,6 +3,8 @@
     runs          what a run and a list of runs are, and `runlist.json`
     runlist       the engine: skip what is finished, resume what was cut, report after every run
     ablation      the list that changes the residual connection and nothing else
+    depth_search  the list behind the config depth30
+    lists         the lists that have a name of their own
     records       a run folder read into typed arrays
     results       means, spreads and paired gaps over seeds: `results.json`
     style         colours and axes that every figure shares
@@ -12,6 +14,8 @@
     published     the paper's numbers at 27B parameters
     document      headings, tables and pictures, rendered as Markdown and as one HTML file
     report        puts the report together
+    step_cost     step time and memory of the variants, side by side
+    torch_*       the same shape in PyTorch beside them; torch_baseline runs in an environment of its own and imports nothing from here
 
 Nothing here defines a model or a training step: the engine is handed a function that trains one config into one folder.
 """

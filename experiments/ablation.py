@@ -7,6 +7,7 @@ from mhc_jax.errors import UserError
 from mhc_jax.experiments.runs import Run, RunList
 
 BASELINE = "residual"
+MOST_SEEDS = 1000  # more is a slip of the hand, and would fill the run list's file
 
 
 def ablation(config: Config, *, kinds: Sequence[str] = ("residual", "hc", "mhc", "identity_hc"), seeds: int = 1) -> RunList:
@@ -16,10 +17,12 @@ def ablation(config: Config, *, kinds: Sequence[str] = ("residual", "hc", "mhc",
     no baseline.
 
     Raises:
-      UserError: `seeds` is not positive, a kind is unknown, or a kind is named twice.
+      UserError: `seeds` is not positive or absurd, a kind is unknown, or a kind is named twice.
     """
     if seeds < 1:
         raise UserError(f"seeds is {seeds}; at least 1 is needed")
+    if seeds > MOST_SEEDS:
+        raise UserError(f"seeds is {seeds}; at most {MOST_SEEDS} are supported")
     runs = tuple(
         Run(f"{kind}-seed{seed}", kind, override(config, {"model.residual": kind, "train.seed": config.train.seed + seed}))
         for seed in range(seeds)

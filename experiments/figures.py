@@ -1,4 +1,5 @@
-"""The catalogue of figures: what each is called, how it is read, when it applies. The drawing is in figures_steps and figures_depth."""
+"""The catalogue of figures: what each is called, how it is read, when it applies. The drawing is in figures_steps, figures_depth
+and figures_memory."""
 
 import io
 from collections.abc import Callable
@@ -7,6 +8,8 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 
 from mhc_jax.experiments.figures_depth import (
+    bounded,
+    bounded_gain_figure,
     column_error_figure,
     gain_over_depth_figure,
     matrices_figure,
@@ -14,7 +17,8 @@ from mhc_jax.experiments.figures_depth import (
     streams_figure,
     with_sinkhorn,
 )
-from mhc_jax.experiments.figures_steps import gain_over_time_figure, gradient_figure, loss_figure
+from mhc_jax.experiments.figures_memory import allocation_figure, gates_figure, has_gates, is_allocation
+from mhc_jax.experiments.figures_steps import attention_logit_figure, gain_over_time_figure, gradient_figure, loss_figure
 from mhc_jax.experiments.results import Results
 from mhc_jax.experiments.style import styled
 
@@ -49,14 +53,30 @@ FIGURES = (
         lambda results: bool(results.records),
     ),
     FigureSpec(
+        "attention_logit",
+        "Attention logits",
+        "The largest attention logit of each training step. Logits that keep growing are how deep networks usually fail at a learning rate "
+        "too high; QK-norm (`model.attention.qk_norm`) bounds them.",
+        attention_logit_figure,
+        lambda results: bool(results.records),
+    ),
+    FigureSpec(
         "gain_over_depth",
         "Gain over depth",
         "How much the residual path alone could amplify the streams at the last evaluation: the largest absolute row sum (forward) and "
         "column sum (backward) of H_res, of products of sublayers (top) and of single ones (bottom). A plain residual has gain 1 "
         "everywhere; a composite gain that grows over depth is the instability that doubly stochastic matrices rule out. A mapping is kept "
-        "out of training where all streams are still equal, since it could change nothing there.",
+        "out of training where all streams are still equal, since it could change nothing there. (As Figures 3 and 7 of arXiv 2512.24880.)",
         gain_over_depth_figure,
         lambda results: bool(results.records),
+    ),
+    FigureSpec(
+        "bounded_gain",
+        "Backward gain of the bounded variants",
+        "The backward curves above on a linear axis, for the variants that stay within the number of streams. Sinkhorn leaves columns "
+        "nearly, not exactly, at one, and over many sublayers the rest adds up. (As Figure 7 of arXiv 2512.24880.)",
+        bounded_gain_figure,
+        lambda results: bool(bounded(results)) and len(bounded(results)) < len(multi_stream(results)),
     ),
     FigureSpec(
         "gain_over_time",
@@ -71,7 +91,7 @@ FIGURES = (
         "Residual mappings",
         "H_res at the last evaluation, averaged over tokens (first seed): row i says how stream i is made from the old ones; white is 0, "
         "and the deepest red or blue of each panel is its largest absolute entry (at least 1). A diagonal near 1 keeps streams apart, "
-        "while a product with all entries near 1/n has mixed them completely.",
+        "while a product with all entries near 1/n has mixed them completely. (As Figure 8 of arXiv 2512.24880.)",
         matrices_figure,
         lambda results: bool(multi_stream(results)),
     ),
@@ -92,6 +112,23 @@ FIGURES = (
         "faster than random ones.",
         column_error_figure,
         lambda results: bool(with_sinkhorn(results)),
+    ),
+    FigureSpec(
+        "allocation",
+        "Loss over the share of experts",
+        "Held-out loss of every run over rho, the share of the sparse parameters that are experts; the rest are Engram's tables. A dip "
+        "below the dotted line means that some memory is worth its experts here; points of one rho lie as far apart as the seed alone "
+        "can move them.",
+        allocation_figure,
+        is_allocation,
+    ),
+    FigureSpec(
+        "gates",
+        "Gates over a text",
+        "How far each token opens the gate of each layer's memory, at the beginning of the held-out text. Where gates open at the last "
+        "token of a name or phrase, the memory has learnt it. (As section 6 of arXiv 2601.07372.)",
+        gates_figure,
+        has_gates,
     ),
 )
 

@@ -17,6 +17,13 @@ from mhc_jax.experiments.style import WIDTH, LineStyle, draw_marked, draw_seeds,
 RES = 2  # column of `learnable` that speaks of H_res
 FLOOR = 1e-9  # below the resolution of float32 sums; smaller column errors are drawn here, and curves leave the frame
 
+TITLES = {
+    "gain_forward_composite": "Forward, sublayers 1 to l together",
+    "gain_backward_composite": "Backward, sublayers l to last together",
+    "gain_forward_single": "Forward, sublayer l alone",
+    "gain_backward_single": "Backward, sublayer l alone",
+}
+
 
 def multi_stream(results: Results) -> list[Variant]:
     """The variants with more than one residual stream."""
@@ -33,13 +40,7 @@ def gain_over_depth_figure(results: Results) -> Figure:
     styles = line_styles(results)
     figure = Figure(figsize=(WIDTH, 6.6), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey="row")
-    titles = {
-        "gain_forward_composite": "Forward, sublayers 1 to l together",
-        "gain_backward_composite": "Backward, sublayers l to last together",
-        "gain_forward_single": "Forward, sublayer l alone",
-        "gain_backward_single": "Backward, sublayer l alone",
-    }
-    for axes, (name, title) in zip(panels.flat, titles.items(), strict=True):
+    for axes, (name, title) in zip(panels.flat, TITLES.items(), strict=True):
         for variant in results.variants:
             _over_depth(axes, variant, name, styles[variant.name])
         axes.set_title(title)
@@ -54,19 +55,49 @@ def gain_over_depth_figure(results: Results) -> Figure:
     return figure
 
 
+def bounded(results: Results) -> list[Variant]:
+    """The variants that keep every composite gain within the number of their several streams."""
+    return [v for v in multi_stream(results) if max(v.largest("gain_forward_max"), v.largest("gain_backward_max")) <= v.records[0].streams]
+
+
+def bounded_gain_figure(results: Results) -> Figure:
+    """Composite (left) and single (right) backward gain over depth of the variants whose gains are bounded, on a linear axis."""
+    styles = line_styles(results)
+    variants = bounded(results)
+    figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2)
+    titles = {name: TITLES[name] for name in ("gain_backward_composite", "gain_backward_single")}
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        for variant in variants:
+            _over_depth(axes, variant, name, styles[variant.name])
+        axes.set(title=title, xlabel="sublayer l")
+        axes.set_ylim(min(axes.get_ylim()[0], 0.95), max(axes.get_ylim()[1], 1.05))
+        whole_numbers(axes)
+    panels[0].set_ylabel("gain (1 = unchanged)")
+    legend(figure, {v.name: styles[v.name] for v in variants}, [hollow_note()])
+    return figure
+
+
 def matrices_figure(results: Results) -> Figure:
-    """H_res of the first, middle and last sublayer and the product of all, for each variant with several streams (first seed)."""
+    """H_res of the first, middle and last sublayer and three products, for each variant with several streams (first seed)."""
     variants = multi_stream(results)
-    figure = Figure(figsize=(WIDTH, 2.9 * len(variants)), layout="constrained")
-    rows = figure.subplots(len(variants), 4, squeeze=False)
+    figure = Figure(figsize=(1.4 * WIDTH, 2.7 * len(variants)), layout="constrained")
+    rows = figure.subplots(len(variants), 6, squeeze=False)
     for panels, variant in zip(rows, variants, strict=True):
         stability = variant.records[0].stability
         count = stability.res.shape[1]
+        half = max(1, count // 2)
         panels[0].set_ylabel(variant.name, fontweight="bold", fontsize=11)
-        for axes, index in zip(panels, (0, count // 2, count - 1)):
+        for axes, index in zip(panels, (0, half - 1, count - 1)):
             trained = " " if stability.learnable[-1, index, RES] else "(kept out of training)"
             _heat_map(axes, stability.res[-1, index], f"sublayer {index + 1}\n{trained}")
-        _heat_map(panels[3], stability.res_composite[-1, -1], f"product of 1 to {count}\n ")
+        products = {
+            f"1 to {half}": stability.res_composite[-1, half - 1],
+            f"{half + 1} to {count}": stability.res_composite_rest[-1, half],
+            f"1 to {count}": stability.res_composite[-1, -1],
+        }
+        for axes, (span, product) in zip(panels[3:], products.items()):
+            _heat_map(axes, product, f"product of {span}\n ")
     return figure
 
 

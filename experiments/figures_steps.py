@@ -64,6 +64,21 @@ def gradient_figure(results: Results) -> Figure:
     return figure
 
 
+def attention_logit_figure(results: Results) -> Figure:
+    """Largest attention logit of every step, over all layers, heads and tokens; first seed of each variant."""
+    styles = line_styles(results)
+    figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for variant in results.variants:
+        train = variant.records[0].train
+        axes.plot(train.step, train.max_attention_logit, **line(styles[variant.name]))
+    log_axis(axes, [variant.records[0].train.max_attention_logit for variant in results.variants], (1.0, 2.0))
+    seeds = " (first seed)" if len(results.records) > len(results.variants) else ""
+    axes.set(title=f"Largest attention logit{seeds}", xlabel="optimizer step", ylabel="largest logit before the softmax")
+    legend(figure, {v.name: styles[v.name] for v in results.variants})
+    return figure
+
+
 def gain_over_time_figure(results: Results) -> Figure:
     """Largest composite gain over depth at every evaluation, forward (left) and backward (right)."""
     styles = line_styles(results)

@@ -46,28 +46,29 @@ def _losses(results: Results) -> list[str]:
         lines.append(f"`{best.name}` has the lowest held-out loss, {formats.mean(best.statistics['loss'], formats.loss)} nats.")
     else:
         lines.append(f"`{best.name}` ends at a held-out loss of {formats.mean(best.statistics['loss'], formats.loss)} nats.")
-    lines += [_gap(variant, results.baseline.name) for variant in finite if results.baseline and variant is not results.baseline]
+    lines += [_gap(variant, results.baseline) for variant in finite if results.baseline and variant is not results.baseline]
     blind = [v.name for v in finite if (v.statistics["loss"].mean or 0.0) >= (v.statistics["unigram_entropy"].mean or math.inf)]
     if blind:
         lines.append(f"{_names(blind)} did not get below the unigram entropy of the held-out text, so no use of context is shown.")
     return lines
 
 
-def _gap(variant: Variant, baseline: str) -> str:
+def _gap(variant: Variant, baseline: Variant) -> str:
     value = variant.statistics["loss_gap"]
     if value.mean is None:
-        return f"`{variant.name}` has no run with the same seed as a finished run of `{baseline}`, so its gap is unknown."
+        return f"`{variant.name}` has no run with the same seed as a finished run of `{baseline.name}`, so its gap is unknown."
     if abs(value.mean) < 5e-5:
-        return f"`{variant.name}` ends level with `{baseline}`, to four decimals."
+        return f"`{variant.name}` ends level with `{baseline.name}`, to four decimals."
     direction = "below" if value.mean < 0 else "above"
-    verdict = "" if value.mean < 0 else f": here it loses to `{baseline}`"
+    same_kind = variant.records[0].config.model.residual == baseline.records[0].config.model.residual
+    verdict = "" if value.mean < 0 or same_kind else f": here it loses to `{baseline.name}`"
     if value.spread is None:
         certainty = "one seed, so the spread is unknown"
     else:
         error = 2 * value.spread / math.sqrt(value.seeds)
         clear = "clear of" if abs(value.mean) > error else "within"
         certainty = f"over {value.seeds} seeds {clear} twice its standard error of {error / 2:.4f}"
-    return f"`{variant.name}` ends {abs(value.mean):.4f} nats {direction} `{baseline}`{verdict} ({certainty})."
+    return f"`{variant.name}` ends {abs(value.mean):.4f} nats {direction} `{baseline.name}`{verdict} ({certainty})."
 
 
 def _gains(results: Results) -> list[str]:
@@ -105,6 +106,12 @@ def _incidents(results: Results) -> list[str]:
     lines = []
     spikes = [f"`{r.name}` ({formats.count(r.summary.loss_spikes)})" for r in results.records if r.summary.loss_spikes]
     lines.append(f"Loss spikes: {', '.join(spikes)}." if spikes else "No run had a loss spike.")
+    skipped = [f"`{r.name}` ({formats.count(r.summary.skipped_steps)})" for r in results.records if r.summary.skipped_steps]
+    if skipped:
+        lines.append(f"Steps whose loss or gradient was not finite changed nothing: {', '.join(skipped)}.")
+    returned = [f"`{r.name}` ({formats.count(r.summary.rollbacks)})" for r in results.records if r.summary.rollbacks]
+    if returned:
+        lines.append(f"Went back to a checkpoint because of a loss spike, and left data out: {', '.join(returned)}.")
     repeated = {record.summary.data.epochs for record in results.records if record.summary.data.epochs > 1}
     if repeated:
         lines.append(

@@ -4,7 +4,6 @@ The numbers come from results, the sentences from findings, the tables from tabl
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import mhc_jax
@@ -12,13 +11,14 @@ from mhc_jax.config import to_text
 from mhc_jax.experiments import formats, tables
 from mhc_jax.experiments.document import Block, Code, Heading, Items, Paragraph, Picture, Table, to_html, to_markdown
 from mhc_jax.experiments.figures import FIGURES, render
+from mhc_jax.experiments.figures_memory import memory_blocks
 from mhc_jax.experiments.findings import findings, warnings
 from mhc_jax.experiments.published import SOURCE
 from mhc_jax.experiments.results import Results, load_results, results_json
-from mhc_jax.files import write_atomically, write_json
+from mhc_jax.files import AnyPath, write_atomically, write_json
 
 
-def write_report(folder: Path, say: Callable[[str], None] = print) -> None:
+def write_report(folder: AnyPath, say: Callable[[str], None] = print) -> None:
     """Rewrites results.json, figures/*.png, report.md and report.html from the run folders in `folder`.
 
     Raises:
@@ -47,6 +47,7 @@ def report_blocks(results: Results, pictures: Iterable[Picture]) -> list[Block]:
         Heading("What was run"),
         *_what_was_run(results),
         *_figures(pictures),
+        *memory_blocks(results),
         *_published(results),
         *_missing(results),
         *_reproduce(results),

@@ -4,13 +4,13 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mhc_jax.experiments.records import RunRecord, read_run, steps_done
 from mhc_jax.experiments.runs import RunList, load_runs, run_folder
+from mhc_jax.files import AnyPath
 from mhc_jax.train.folder import finished
 
 # Numbers of summary.json that are averaged over seeds as they are.
@@ -25,6 +25,8 @@ AVERAGED = (
     "grad_norm",
     "clip_rate",
     "loss_spikes",
+    "skipped_steps",
+    "rollbacks",
     "tokens_per_second",
     "step_seconds",
     "memory_bytes",
@@ -49,7 +51,7 @@ class Variant:
 
     name: str
     records: tuple[RunRecord, ...]  # at least one
-    statistics: Mapping[str, Statistic]  # AVERAGED, and with a baseline `loss_gap` and `step_time_ratio`
+    statistics: Mapping[str, Statistic]  # AVERAGED, `max_attention_logit`, and with a baseline `loss_gap` and `step_time_ratio`
 
     def largest(self, name: str) -> float:
         """Largest value of a number of summary.json over seeds; NaN when one was not finite."""
@@ -98,7 +100,7 @@ def paired(records: Sequence[RunRecord], baseline: Sequence[RunRecord]) -> list[
     return [(record, by_seed[record.seed]) for record in records if record.seed in by_seed]
 
 
-def load_results(folder: Path) -> Results:
+def load_results(folder: AnyPath) -> Results:
     """Reads a list's folder: runlist.json and the finished runs.
 
     Raises:
@@ -136,6 +138,7 @@ def results_json(results: Results) -> dict[str, Any]:
 
 def _statistics(records: Sequence[RunRecord], baseline: Sequence[RunRecord] | None) -> dict[str, Statistic]:
     result = {name: statistic([getattr(record.summary, name) for record in records]) for name in AVERAGED}
+    result["max_attention_logit"] = statistic([float(record.train.max_attention_logit.max()) for record in records])
     if baseline is not None:
         pairs = paired(records, baseline)
         result["loss_gap"] = statistic([a.summary.loss - b.summary.loss for a, b in pairs])

@@ -4,7 +4,6 @@ It decides what to skip, resume and refuse. How a run is trained is the business
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from mhc_jax.config import Config
@@ -12,15 +11,16 @@ from mhc_jax.experiments.records import steps_done
 from mhc_jax.experiments.report import write_report
 from mhc_jax.experiments.results import Results, load_results
 from mhc_jax.experiments.runs import Run, RunList, run_folder, save_runs
+from mhc_jax.files import AnyPath
 from mhc_jax.train.folder import finished
 
 Say = Callable[[str], None]
-Train = Callable[[Config, Path], dict[str, Any]]
+Train = Callable[[Config, AnyPath], dict[str, Any]]
 
 __all__ = ["Run", "RunList", "Train", "run_list"]
 
 
-def run_list(runs: RunList, folder: Path, train: Train, *, say: Say = print) -> Results:
+def run_list(runs: RunList, folder: AnyPath, train: Train, *, say: Say = print) -> Results:
     """Trains what has not finished, in the order of the list, and rewrites results.json and the report after every run.
 
     Args:

@@ -4,11 +4,12 @@ import dataclasses
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from mhc_jax.config import Config, difference, from_json, to_json
 from mhc_jax.errors import UserError
-from mhc_jax.files import write_json
+from mhc_jax.files import AnyPath, write_json
+from mhc_jax.typecheck import shown
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,19 @@ class RunList:
         return next(run for run in self.runs if run.variant == variant)
 
 
-def run_folder(folder: Path, run: Run) -> Path:
+def run_folder(folder: AnyPath, run: Run) -> AnyPath:
     """Where a list that lives in `folder` keeps a run."""
     return folder / "runs" / run.name
 
 
-def save_runs(runs: RunList, folder: Path) -> None:
+def save_runs(runs: RunList, folder: AnyPath) -> None:
     """Writes FOLDER/runlist.json, so that a report can be written later from the folder alone."""
     entries = [{"name": run.name, "variant": run.variant, "config": to_json(run.config)} for run in runs.runs]
     header = {"name": runs.name, "question": runs.question, "baseline": runs.baseline, "command": runs.command}
     write_json(folder / "runlist.json", header | {"runs": entries})
 
 
-def load_runs(folder: Path) -> RunList:
+def load_runs(folder: AnyPath) -> RunList:
     """Reads FOLDER/runlist.json.
 
     Raises:
@@ -74,20 +75,30 @@ def load_runs(folder: Path) -> RunList:
     """
     path = folder / "runlist.json"
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_bytes())
+        for key in ("name", "question", "command"):
+            _check_text(data[key])
+        for entry in data["runs"]:
+            _check_text(entry["variant"])
         runs = tuple(Run(entry["name"], entry["variant"], from_json(entry["config"])) for entry in data["runs"])
         return RunList(data["name"], data["question"], runs, data["baseline"], data["command"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist: {folder} is not the folder of a run list") from None
-    except (json.JSONDecodeError, KeyError, UserError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:  # not UTF-8, not JSON, or JSON of another shape
         raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _check_text(value: Any) -> None:
+    if not isinstance(value, str):
+        raise UserError(f"{shown(value)} stands where text should")
+    value.encode()  # half a surrogate pair, which JSON can spell, is a UnicodeError
 
 
 def _check_names(runs: tuple[Run, ...]) -> None:
     seen = set()
     for run in runs:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._=+-]*", run.name):
-            raise UserError(f"{run.name!r} cannot name a run folder; use letters, digits and any of . _ = + -")
+        if not isinstance(run.name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._=+-]{0,199}", run.name):
+            raise UserError(f"{shown(run.name)} cannot name a run folder; use letters, digits and any of . _ = + -")
         if run.name in seen:
             raise UserError(f"two runs are called {run.name!r}; they would share one folder, so rename one")
         seen.add(run.name)
@@ -97,7 +108,7 @@ def _check_configs(runs: tuple[Run, ...]) -> None:
     # The config's own name changes nothing that is trained, so two configs that differ in it alone are the same run twice.
     seen: dict[Config, str] = {}
     for run in runs:
-        key = dataclasses.replace(run.config, name="")
+        key = dataclasses.replace(run.config, name="compared")
         if key in seen:
             raise UserError(f"the runs {seen[key]!r} and {run.name!r} have the same config; remove one, or change a field of it")
         seen[key] = run.name

@@ -1,9 +1,8 @@
 """The tables of a report: losses, stability, cost, config differences, and the paper's numbers beside the measured ones."""
 
 from collections.abc import Callable
-from typing import Any
 
-from mhc_jax.config import difference
+from mhc_jax.config import Config, difference, fields
 from mhc_jax.experiments import formats
 from mhc_jax.experiments.document import Table
 from mhc_jax.experiments.published import PUBLISHED
@@ -27,16 +26,21 @@ def loss_table(results: Results) -> Table:
 
 
 def stability_table(results: Results) -> Table:
-    """Composite gains, gradient norm, clipping and spikes."""
+    """Composite gains, gradient norm, clipping and spikes; skipped steps and roll-backs where there were some."""
     columns: dict[str, tuple[str, Callable[[float], str]]] = {
         "gain forward, last": ("gain_forward", formats.significant),
         "gain forward, largest": ("gain_forward_max", formats.significant),
         "gain backward, last": ("gain_backward", formats.significant),
         "gain backward, largest": ("gain_backward_max", formats.significant),
         "gradient norm": ("grad_norm", formats.significant),
+        "attention logit, largest": ("max_attention_logit", formats.significant),
         "clip rate": ("clip_rate", formats.percent),
-        "loss spikes a run": ("loss_spikes", lambda value: f"{value:g}"),
+        "loss spikes a run": ("loss_spikes", lambda value: f"{value:.2g}"),
     }
+    # Columns of zeros would stand in nearly every report.
+    for title, name in (("skipped steps a run", "skipped_steps"), ("roll-backs a run", "rollbacks")):
+        if any(getattr(record.summary, name) for record in results.records):
+            columns[title] = (name, lambda value: f"{value:g}")
     return _table(results, columns)
 
 
@@ -104,7 +108,6 @@ def _measured(measure: str, variant: Variant, results: Results, *, named: bool) 
     return f"{variant.name}: {text}" if named else text
 
 
-def _field(config: Any, path: str) -> str:
-    for name in path.split("."):
-        config = getattr(config, name)
-    return str(config)
+def _field(config: Config, path: str) -> str:
+    known = dict(fields(config))  # a field of a group that this config has not, or the other way round, is missing
+    return str(known[path]) if path in known else formats.NONE

@@ -5,25 +5,34 @@ mhc-jax ablate NAME   the residual variants of a config, and a report
 mhc-jax report DIR    draws a report again
 mhc-jax data NAME     tokenises a config's text once
 mhc-jax bench NAME    step time and memory of the variants, side by side
+mhc-jax ngrams        how fast the rows of Engram's tables are computed
+mhc-jax kernels       what the Pallas kernels cost on chips that are not here, modelled; measured where an accelerator is
 """
 
 import dataclasses
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from types import FrameType
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from mhc_jax import __version__
 from mhc_jax import configs as named
 from mhc_jax.config import RESIDUAL_KINDS, Config
-from mhc_jax.errors import UserError
+from mhc_jax.errors import Preempted, UserError
+from mhc_jax.files import to_path
+from mhc_jax.typecheck import shown
 
 SHORTHANDS = {"--residual": "--model.residual", "--seed": "--train.seed", "--steps": "--train.steps"}
+
+MOST_ROUNDS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,7 @@ class Train:
     """Train one config."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
-    out: Path | None = None  # run folder; default runs/NAME-RESIDUAL-seedSEED
+    out: str | None = None  # run folder, here or gs://bucket/folder or s3://bucket/folder; default runs/NAME-RESIDUAL-seedSEED
     profile: bool = False  # write a trace of five steps to RUN/profile
 
 
@@ -40,9 +49,16 @@ class Ablate:
     """Train the residual variants of a config, everything else equal, and write a report."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
-    out: Path | None = None  # folder of the runs and the report; default runs/NAME
+    out: str | None = None  # folder of the runs and the report, here or in an object store; default runs/NAME
     seeds: int = 1  # runs of each variant
     variants: tuple[str, ...] = ("residual", "hc", "mhc", "identity_hc")  # residual kinds
+
+
+@dataclass(frozen=True)
+class AblateList:
+    """Train a named list of runs and write a report."""
+
+    out: str | None = None  # folder of the runs and the report, here or in an object store; default runs/NAME
 
 
 @dataclass(frozen=True)
@@ -59,33 +75,92 @@ class Bench:
     config: Annotated[Config, tyro.conf.arg(name="")]
     rounds: int = 10  # measured steps of each variant
     variants: tuple[str, ...] = ("residual", "hc", "mhc", "identity_hc")  # residual kinds
+    torch_python: Path | None = None  # python of an environment with torch and transformers, to run the same shape in PyTorch beside them
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """List kernel by chip: modelled time, HBM floor and the ratio, against the XLA path; on an accelerator the measured time.
+
+    Modelled figures are read off the real TPU compiler (libtpu, in the extra `tpu`) and need no TPU. Exit status 1: a figure is not valid.
+    """
+
+    filters: tyro.conf.Positional[tuple[str, ...]] = ()  # words that FAMILY/KERNEL/DIRECTION/CASE must hold
+    topology: tuple[
+        str, ...
+    ] = ()  # TPUs to model, such as v5e:2x2 v5p:2x2x1 v6e:2x2 tpu7x:2x2x1; default the accelerator here, else v6e:2x2
+    json: Path | None = None  # write everything to this file, the single operations included
+
+
+@dataclass(frozen=True)
+class Ngrams:
+    """Measure how fast the rows of Engram's tables are computed, for its published sizes, on the cores of this machine."""
+
+    threads: int = 2
+    rounds: int = 30  # batches of 65536 tokens
 
 
 @dataclass(frozen=True)
 class Report:
     """Draw the report of a folder again from what its runs wrote."""
 
-    folder: tyro.conf.Positional[Path]
+    folder: tyro.conf.Positional[str]
 
 
 Options = TypeVar("Options")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit status: 0, or 2 after a message about something the user can put right."""
+    """Runs the command line and returns its exit status.
+
+    0; 1 where `kernels` has a figure that is not valid; 2 after a message about what the user can put right; 130 Ctrl-C, 143 SIGTERM.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
     try:
-        return _dispatch(args)
+        _check_encoding(args)
+        with _sigterm_raises():
+            return _dispatch(args)
     except UserError as error:
         if debug:
             raise
         print(f"mhc-jax: {error}", file=sys.stderr)
         return 2
+    except Preempted as error:
+        print(f"mhc-jax: {error}", file=sys.stderr)
+        return 143
+    except OSError as error:
+        if debug or error.filename is None:  # without a file it is not about what the command line names
+            raise
+        print(f"mhc-jax: cannot use {error.filename}: {error.strerror}; check the path and its permissions", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("mhc-jax: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Where no run goes on that catches the signal itself, it ends the command as Ctrl-C does."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise Preempted("stopped by SIGTERM; the same command goes on from what is there")
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _check_encoding(args: list[str]) -> None:
+    """Arguments end up in files of UTF-8 text: the config, the report."""
+    for arg in args:
+        try:
+            arg.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"the argument {shown(arg)} is not UTF-8; rename what it refers to") from None
 
 
 def _dispatch(args: list[str]) -> int:
@@ -95,17 +170,18 @@ def _dispatch(args: list[str]) -> int:
     if args[0] == "--version":
         print(__version__)
         return 0
-    commands: dict[str, Callable[[list[str]], None]] = {
+    commands: dict[str, Callable[[list[str]], int | None]] = {
         "train": _train,
         "ablate": _ablate,
         "report": _report,
         "data": _data,
         "bench": _bench,
+        "ngrams": _ngrams,
+        "kernels": _kernels,
     }
     if args[0] not in commands:
         raise UserError(f"there is no command {args[0]!r}; the commands are {', '.join(commands)}")
-    commands[args[0]](args[1:])
-    return 0
+    return commands[args[0]](args[1:]) or 0
 
 
 def _with_config(kind: type[Options], command: str, args: list[str]) -> Options:
@@ -113,11 +189,19 @@ def _with_config(kind: type[Options], command: str, args: list[str]) -> Options:
     if not args or args[0].startswith("-"):
         raise UserError(f"name a config: mhc-jax {command} NAME, with NAME one of {', '.join(named.CONFIGS)}")
     default = kind(config=named.get(args[0]))  # type: ignore[call-arg]
-    rest = []
+    rest: list[str] = []
+    given: set[str] = set()
     for arg in args[1:]:
         flag, equals, value = arg.partition("=")
-        rest.append(SHORTHANDS.get(flag, flag) + equals + value)
-    return tyro.cli(kind, prog=f"mhc-jax {command} {args[0]}", args=rest, default=default)
+        flag = SHORTHANDS.get(flag, flag)
+        if flag.startswith("--"):
+            name = flag.replace("_", "-")
+            if name in given:
+                raise UserError(f"{shown(flag)} is given twice; which of the two is meant?")
+            given.add(name)
+        rest.append(flag + equals + value)
+    # A group that may be None has flags where the named config has the group.
+    return tyro.cli(kind, prog=f"mhc-jax {command} {args[0]}", args=rest, default=default, config=(tyro.conf.AvoidSubcommands,))
 
 
 def _train(args: list[str]) -> None:
@@ -126,31 +210,52 @@ def _train(args: list[str]) -> None:
     from mhc_jax.train.loop import train
 
     config = options.config
-    folder = options.out or Path("runs") / f"{config.name}-{config.model.residual}-seed{config.train.seed}"
+    folder = to_path(options.out) if options.out else Path("runs") / f"{config.name}-{config.model.residual}-seed{config.train.seed}"
     summary = train(config, folder, profile=options.profile)
-    print(f"{folder}: held-out loss {summary['loss']:.4f}, unigram entropy {summary['unigram_entropy']:.4f}")
+    loss = "not finite" if summary["loss"] is None else f"{summary['loss']:.4f}"
+    print(f"{folder}: held-out loss {loss}, unigram entropy {summary['unigram_entropy']:.4f}")
 
 
 def _ablate(args: list[str]) -> None:
-    options = _with_config(Ablate, "ablate", args)
-    for kind in options.variants:
-        if kind not in RESIDUAL_KINDS:
-            raise UserError(f"--variants: there is no residual kind {kind!r}; choose from {', '.join(RESIDUAL_KINDS)}")
+    runs, out = _run_list(args)
     _prepare_jax()
-    from mhc_jax.experiments.ablation import ablation
+    from mhc_jax.experiments.memory_study import studied
     from mhc_jax.experiments.runlist import run_list
     from mhc_jax.train.loop import train
 
-    folder = options.out or Path("runs") / options.config.name
-    runs = ablation(options.config, kinds=options.variants, seeds=options.seeds)
-    run_list(dataclasses.replace(runs, command=shlex.join(["mhc-jax", "ablate", *args])), folder, train)
+    folder = to_path(out) if out else Path("runs") / runs.name
+    run_list(dataclasses.replace(runs, command=shlex.join(["mhc-jax", "ablate", *args])), folder, studied(train))
+
+
+def _run_list(args: list[str]) -> tuple[Any, str | None]:
+    """The list of runs that the arguments of `ablate` name, and the folder they give."""
+    from mhc_jax.experiments.lists import RUN_LISTS
+
+    if args and args[0] in RUN_LISTS:
+        given = tyro.cli(AblateList, prog=f"mhc-jax ablate {args[0]}", args=args[1:])
+        return RUN_LISTS[args[0]](), given.out
+    from mhc_jax.experiments.ablation import ablation
+
+    options = _with_config(Ablate, "ablate", args)
+    _check_variants(options.variants)
+    return ablation(options.config, kinds=options.variants, seeds=options.seeds), options.out
+
+
+def _check_variants(variants: Sequence[str]) -> None:
+    if not variants:
+        raise UserError(f"--variants names no residual kind; choose from {', '.join(RESIDUAL_KINDS)}")
+    for kind in variants:
+        if kind not in RESIDUAL_KINDS:
+            raise UserError(f"--variants: there is no residual kind {kind!r}; choose from {', '.join(RESIDUAL_KINDS)}")
+        if variants.count(kind) > 1:
+            raise UserError(f"--variants names {kind} twice")
 
 
 def _report(args: list[str]) -> None:
     options = tyro.cli(Report, prog="mhc-jax report", args=args)
     from mhc_jax.experiments.report import write_report
 
-    write_report(options.folder)
+    write_report(to_path(options.folder))
 
 
 def _data(args: list[str]) -> None:
@@ -158,15 +263,43 @@ def _data(args: list[str]) -> None:
     from mhc_jax.data.prepare import prepare
 
     prepared = prepare(options.config.data, options.config.model.vocab_size, progress=print)
-    print(prepared.folder)
+    for source in prepared.sources:
+        print(source.folder)
 
 
 def _bench(args: list[str]) -> None:
     options = _with_config(Bench, "bench", args)
+    _check_variants(options.variants)
+    if not 1 <= options.rounds <= MOST_ROUNDS:
+        raise UserError(f"--rounds is {options.rounds}; it must be 1 to {MOST_ROUNDS}")
     _prepare_jax()
     from mhc_jax.experiments.step_cost import measure, table
+    from mhc_jax.experiments.torch_process import torch_baseline
 
-    print(table(measure(options.config, options.variants, options.rounds)))
+    if options.torch_python is None:
+        print(table(measure(options.config, options.variants, options.rounds)))
+        return
+    with torch_baseline(options.torch_python, options.config) as torch:
+        print("\n".join(f"{name}: {value}" for name, value in torch.about.items()))
+        print(table(measure(options.config, options.variants, options.rounds, torch)))
+
+
+def _ngrams(args: list[str]) -> None:
+    options = tyro.cli(Ngrams, prog="mhc-jax ngrams", args=args)
+    for flag, value, most in (("--threads", options.threads, 1024), ("--rounds", options.rounds, MOST_ROUNDS)):
+        if not 1 <= value <= most:
+            raise UserError(f"{flag} is {value}; it must be 1 to {most}")
+    from mhc_jax.configs.engram import ENGRAM
+    from mhc_jax.data.ngrams.speed import speed_table
+
+    print(speed_table(ENGRAM, options.threads, options.rounds))
+
+
+def _kernels(args: list[str]) -> int:
+    options = tyro.cli(Kernels, prog="mhc-jax kernels", args=args)
+    from mhc_jax.kernels import run_kernels
+
+    return run_kernels(options.filters, options.topology, options.json, print)
 
 
 def _prepare_jax() -> None:
@@ -174,8 +307,10 @@ def _prepare_jax() -> None:
     import jax
 
     from mhc_jax.data.prepare import cache_root
+    from mhc_jax.parallel.devices import prefer_cpu_without_tpu
     from mhc_jax.train.host_memory import keep_freed_memory
 
+    prefer_cpu_without_tpu()
     keep_freed_memory()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))

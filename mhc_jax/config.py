@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from mhc_jax.engram_config import EngramConfig, check_engram
 from mhc_jax.errors import UserError
+from mhc_jax.typecheck import check_types, group_of, shown
 
 ResidualKind = Literal["residual", "hc", "static_hc", "mhc", "identity_hc"]
 RESIDUAL_KINDS: tuple[str, ...] = get_args(ResidualKind)
@@ -82,10 +84,11 @@ class ModelConfig:
     attention: AttentionConfig
     moe: MoEConfig
     connections: ConnectionConfig = ConnectionConfig()
+    engram: EngramConfig | None = None  # memory looked up by hashed n-grams, see docs/engram.md; None: without
     norm_eps: float = 1e-20  # of every RMSNorm
     init_std: float = 0.006  # of weight matrices and embeddings
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of streams and matrix products; coefficients, router and norms are float32
-    remat: Literal["none", "matmuls", "full"] = "full"  # what the backward pass recomputes of a layer, see nn/remat.py
+    remat: Literal["none", "streams", "matmuls", "full"] = "full"  # what the backward pass recomputes of a layer, see nn/remat.py
     loss_chunk: int = 512  # tokens of each sequence whose logits exist at a time
 
 
@@ -94,6 +97,7 @@ class OptimizerConfig:
     """AdamW with warm-up and two steps down (arXiv 2512.24880, Table 5)."""
 
     learning_rate: float
+    kind: Literal["adamw", "muon"] = "adamw"  # muon trains matrices, and AdamW embedding, output head and vectors
     warmup_steps: int = 2000
     decay_points: tuple[float, float] = (0.8, 0.9)  # share of the run's steps at which the learning rate drops
     decay_factors: tuple[float, float] = (0.316, 0.1)  # learning rate after each drop, relative to the peak
@@ -109,9 +113,14 @@ class DataConfig:
     """Where text comes from and how it is cut into sequences."""
 
     seq_len: int  # tokens
-    source: str = "stdlib"  # "stdlib": the running interpreter's own library source; otherwise a glob of text files
+    # Sources of documents: "stdlib", the running interpreter's own library source; a glob of files; or "hf:NAME", a Hugging Face data set.
+    # See docs/data.md.
+    source: tuple[str, ...] = ("stdlib",)
+    weights: tuple[float, ...] = ()  # share of the training tokens from each source; none: in proportion to their sizes
+    text_field: str = "text"  # field of a JSON line, Parquet row or data set row that holds the document
+    max_bad_records: int = 100  # unreadable records of a source that are skipped and counted before preparation fails
     tokenizer: str | None = None  # path of a tokenizer.json; None trains a byte-level BPE of model.vocab_size on the training split
-    heldout_share: float = 0.05  # share of the files kept out of training
+    heldout_share: float = 0.05  # share of the documents kept out of training
     read_threads: int = 4  # threads that read ahead
     workers: int = 0  # processes that read ahead; 0 reads in this one
 
@@ -129,6 +138,9 @@ class TrainConfig:
     checkpoint_every: int = 1000  # steps
     keep_last: int = 2  # newest checkpoints to keep
     keep_best: int = 1  # checkpoints of lowest held-out loss to keep
+    max_nonfinite_steps: int = 10  # steps in a row whose loss or gradient is not finite, each skipped, before the run stops
+    rollback_deviations: float = 0.0  # a loss so many standard deviations above the 50 steps before goes back to a checkpoint; 0: never
+    max_rollbacks: int = 3  # roll-backs before the run stops
 
 
 @dataclass(frozen=True)
@@ -164,6 +176,7 @@ def validate(config: Config) -> None:
     Raises:
       UserError: the first thing wrong, named by its field path with the offending numbers and what would do.
     """
+    check_types(config)
     m, a, e, c, o, d, t, mesh = (
         config.model,
         config.model.attention,
@@ -175,14 +188,8 @@ def validate(config: Config) -> None:
         config.mesh,
     )
 
-    for path, value in fields(config):
-        if isinstance(value, float) and value != value:
-            raise UserError(f"{path} is not a number")
-
-    _one_of("model.residual", m.residual, RESIDUAL_KINDS)
-    _one_of("model.dtype", m.dtype, ("float32", "bfloat16"))
-    _one_of("model.remat", m.remat, ("none", "matmuls", "full"))
-    _one_of("model.connections.collapse", c.collapse, ("mean", "sum", "learned"))
+    if not config.name or len(config.name) > 100 or config.name in (".", "..") or any(mark in config.name for mark in "/\\\n\r"):
+        raise UserError(f"name is {shown(config.name)}; it names folders, so it must be 1 to 100 characters without slashes and line ends")
 
     positive = {
         "model.vocab_size": m.vocab_size,
@@ -197,8 +204,8 @@ def validate(config: Config) -> None:
         "model.attention.value_dim": a.value_dim,
         "model.attention.kv_rank": a.kv_rank,
         "model.attention.query_block": a.query_block,
-        "model.attention.rope.theta": a.rope.theta,
         "model.attention.rope.original_length": a.rope.original_length,
+        "model.attention.rope.beta_slow": a.rope.beta_slow,
         "model.moe.num_experts": e.num_experts,
         "model.moe.top_k": e.top_k,
         "model.moe.expert_dim": e.expert_dim,
@@ -219,6 +226,7 @@ def validate(config: Config) -> None:
         "train.eval_sequences": t.eval_sequences,
         "train.checkpoint_every": t.checkpoint_every,
         "train.keep_last": t.keep_last,
+        "train.max_nonfinite_steps": t.max_nonfinite_steps,
         "mesh.data": mesh.data,
         "mesh.fsdp": mesh.fsdp,
     }
@@ -227,11 +235,13 @@ def validate(config: Config) -> None:
     if m.dense_layers:
         positive["model.dense_dim"] = m.dense_dim
     for path, value in positive.items():
-        if not 0 < value < float("inf"):
+        if value <= 0:
             raise UserError(f"{path} is {value}; it must be a positive finite number")
 
     not_negative = {
         "model.dense_layers": m.dense_layers,
+        "model.dense_dim": m.dense_dim,
+        "model.attention.rope.mscale": a.rope.mscale,
         "model.moe.shared_experts": e.shared_experts,
         "model.moe.bias_rate": e.bias_rate,
         "model.moe.balance_loss": e.balance_loss,
@@ -240,9 +250,12 @@ def validate(config: Config) -> None:
         "data.workers": d.workers,
         "train.seed": t.seed,
         "train.keep_best": t.keep_best,
+        "train.rollback_deviations": t.rollback_deviations,
+        "train.max_rollbacks": t.max_rollbacks,
+        "data.max_bad_records": d.max_bad_records,
     }
     for path, value in not_negative.items():
-        if not 0 <= value < float("inf"):
+        if value < 0:
             raise UserError(f"{path} is {value}; it must be zero or a positive finite number")
 
     for path, beta in (("optimizer.beta1", o.beta1), ("optimizer.beta2", o.beta2)):
@@ -250,11 +263,19 @@ def validate(config: Config) -> None:
             raise UserError(f"{path} is {beta}; it must lie in [0, 1)")
     if not 0 < d.heldout_share < 1:
         raise UserError(f"data.heldout_share is {d.heldout_share}; it must lie between 0 and 1, for example 0.05")
+    _check_sources(d)
     if not 0 < o.decay_points[0] <= o.decay_points[1] <= 1:
         raise UserError(f"optimizer.decay_points is {o.decay_points}; it needs two rising shares of the run, for example (0.8, 0.9)")
+    if not 1 >= o.decay_factors[0] >= o.decay_factors[1] >= 0:
+        raise UserError(
+            f"optimizer.decay_factors is {o.decay_factors}; it needs two falling shares of the peak learning rate, for example (0.316, 0.1)"
+        )
 
     _at_most("model.dense_layers", m.dense_layers, "model.num_layers", m.num_layers)
     _divides("2 (rotary pairs)", 2, "model.attention.rope_dim", a.rope_dim)
+    if a.rope.theta <= 1:
+        raise UserError(f"model.attention.rope.theta is {a.rope.theta}; it must be above 1, for example 10000")
+    _at_most("model.attention.rope.beta_slow", a.rope.beta_slow, "model.attention.rope.beta_fast", a.rope.beta_fast)
     if a.rope.yarn_factor < 1:
         raise UserError(
             f"model.attention.rope.yarn_factor is {a.rope.yarn_factor}; 1 is plain rotary embedding, above 1 extends the context"
@@ -267,8 +288,19 @@ def validate(config: Config) -> None:
             f"model.moe.top_k is {e.top_k}, but {e.top_groups} of {e.num_groups} groups hold only {reachable} of the "
             f"{e.num_experts} experts; lower top_k or raise top_groups"
         )
+    if m.engram is not None:
+        check_engram(m.engram, m.num_layers, m.vocab_size)
     if c.streams > 8:
         raise UserError(f"model.connections.streams is {c.streams}; 1 to 8 are supported")
+    # Each of these is a loop or so many threads: a slip of the hand should be a message, not a machine that stands still.
+    for path, value, limit in (
+        ("model.connections.sinkhorn_steps", c.sinkhorn_steps, 1000),
+        ("data.read_threads", d.read_threads, 1024),
+        ("data.workers", d.workers, 1024),
+        ("data.seq_len / model.attention.query_block", -(-d.seq_len // a.query_block), 4096),
+    ):
+        if value > limit:
+            raise UserError(f"{path} is {value}; up to {limit} is supported")
 
     _divides("train.microbatches", t.microbatches, "train.batch_size", t.batch_size)
     shards = mesh.data * mesh.fsdp
@@ -282,9 +314,20 @@ def validate(config: Config) -> None:
     _divides("train.eval_every", t.eval_every, "train.checkpoint_every", t.checkpoint_every)
 
 
-def _one_of(path: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UserError(f"{path} is {value!r}; it must be one of {', '.join(known)}")
+def _check_sources(data: DataConfig) -> None:
+    if not all(data.source) or not data.source:
+        raise UserError('data.source is empty; give a glob of files, "stdlib" or "hf:NAME"')
+    if len(set(data.source)) < len(data.source):
+        raise UserError(f"data.source names a source twice ({', '.join(data.source)}); data.weights can make one count more")
+    if data.weights and len(data.weights) != len(data.source):
+        raise UserError(
+            f"data.weights has {len(data.weights)} weights, but data.source has {len(data.source)} sources; give one for each, or none"
+        )
+    for weight in data.weights:
+        if weight <= 0:
+            raise UserError(f"data.weights holds {weight}; every weight must be a positive finite number")
+    if not data.text_field:
+        raise UserError("data.text_field is empty; name the field or column that holds the text")
 
 
 def _divides(path: str, part: int, whole_path: str, whole: int) -> None:
@@ -292,7 +335,7 @@ def _divides(path: str, part: int, whole_path: str, whole: int) -> None:
         raise UserError(f"{path} is {part}, which does not divide {whole_path} = {whole}; change one of the two")
 
 
-def _at_most(path: str, value: int, limit_path: str, limit: int) -> None:
+def _at_most(path: str, value: float, limit_path: str, limit: float) -> None:
     if value > limit:
         raise UserError(f"{path} is {value}, more than {limit_path} = {limit}; lower it")
 
@@ -309,6 +352,8 @@ def fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def override(config: Config, changes: Mapping[str, Any]) -> Config:
     """Returns the config with the fields at the given paths changed: `override(c, {"model.moe.top_k": 2})`."""
+    if not dataclasses.is_dataclass(config):
+        raise UserError(f"{', '.join(changes)}: there are no fields below {shown(config)}; a group that is None must be given as a whole")
     nested: dict[str, dict[str, Any]] = {}
     direct: dict[str, Any] = {}
     for path, value in changes.items():
@@ -322,7 +367,7 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
         else:
             direct[head] = value
     for head, inner in nested.items():
-        direct[head] = override(getattr(config, head), inner)
+        direct[head] = override(direct.get(head, getattr(config, head)), inner)
     return dataclasses.replace(config, **direct)
 
 
@@ -333,8 +378,10 @@ def to_text(config: Config) -> str:
 
 def difference(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
     """Field paths in which two configs differ, with both values."""
-    other = dict(fields(b))
-    return {path: (value, other[path]) for path, value in fields(a) if other[path] != value}
+    ours, theirs = dict(fields(a)), dict(fields(b))
+    # A group that one of the two has and the other has not is one field, None, in the other.
+    paths = [*ours, *(path for path in theirs if path not in ours)]
+    return {path: (ours.get(path), theirs.get(path)) for path in paths if ours.get(path) != theirs.get(path)}
 
 
 def to_json(config: Config) -> dict[str, Any]:
@@ -354,13 +401,14 @@ def from_json(data: dict[str, Any]) -> Config:
 def _from_json(cls: type, data: Any, prefix: str) -> Any:
     known = {f.name: f for f in dataclasses.fields(cls)}
     if not isinstance(data, dict) or set(data) != set(known):
-        odd = sorted(set(data) ^ set(known)) if isinstance(data, dict) else [prefix or "the whole"]
-        raise UserError(f"a saved config does not have the fields of this version: {', '.join(prefix + name for name in odd)}")
+        odd = sorted(set(data) ^ set(known)) if isinstance(data, dict) else [prefix.removesuffix(".") or "the whole"]
+        raise UserError(f"a saved config does not have the fields of this version: {', '.join(shown(prefix + name)[1:-1] for name in odd)}")
     values = {}
     for name, f in known.items():
         value = data[name]
-        if isinstance(f.type, type) and dataclasses.is_dataclass(f.type):
-            value = _from_json(f.type, value, f"{prefix}{name}.")
+        group, optional = group_of(f.type)
+        if group is not None and not (optional and value is None):
+            value = _from_json(group, value, f"{prefix}{name}.")
         elif isinstance(value, list):
             value = tuple(value)
         values[name] = value

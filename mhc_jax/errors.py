@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that end a command with a message instead of a traceback."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints the message alone and exits with status 2; `--debug` shows the traceback.
     """
+
+
+class Preempted(Exception):
+    """The run was told by SIGTERM to end, and has saved what there was to save. The command line exits with status 143."""

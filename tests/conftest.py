@@ -12,6 +12,10 @@ jax.config.update("jax_disable_most_optimizations", True)  # compiling is most o
 # The shapes in the signatures of these packages are checked while functions are traced. The hook must be in place before their import.
 install_import_hook(["mhc_jax.nn", "mhc_jax.parallel"], "beartype.beartype")
 
+from mhc_jax.nn import remat  # noqa: E402
+
+remat.LONGEST_UNROLLED = 0  # a loop over layers compiles faster; one test compares it with unrolled layers
+
 
 @pytest.fixture
 def float64():

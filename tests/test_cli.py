@@ -1,12 +1,17 @@
 """The command line: one message for what a user can put right, and every command from end to end."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 
 import pytest
 
-from mhc_jax.cli import main
+from mhc_jax.cli import Train, _with_config, main
+from mhc_jax.config import override
+from mhc_jax.configs import get
+from mhc_jax.engram_config import EngramConfig
+from mhc_jax.errors import UserError
 
 TINY_FIELDS = {
     "--model.num-layers": 2,
@@ -52,7 +57,7 @@ def text(tmp_path):
     [
         (["trian"], "there is no command 'trian'; the commands are train, ablate"),
         (["train"], "name a config: mhc-jax train NAME"),
-        (["train", "latpop"], "there is no config 'latpop'; choose one of laptop, 3b"),
+        (["train", "latpop"], "there is no config 'latpop'; choose one of laptop, depth30, 3b"),
         (["train", "laptop", "--model.moe.top-k", "9"], "model.moe.top_k is 9"),
         (["train", "laptop", "--model.attention.rope-dim", "7"], "does not divide model.attention.rope_dim = 7"),
         (["train", "laptop", "--mesh.fsdp", "1024", "--model.dim", "1024", "--train.batch-size", "1024", "--train.eval-sequences", "1024"],
@@ -61,6 +66,7 @@ def text(tmp_path):
         (["train", "laptop", "--data.tokenizer", "none.json"], "none.json"),
         (["ablate", "laptop", "--variants", "residual", "mch"], "there is no residual kind 'mch'"),
         (["report", "nowhere"], "nowhere"),
+        (["ngrams", "--threads", "0"], "--threads is 0; it must be 1 to 1024"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_message_and_status_2(args, message, capsys):
@@ -128,6 +134,18 @@ def test_data_prints_where_the_tokens_are(text, capsys):
     assert "train" in capsys.readouterr().out
 
 
+def test_a_weighted_mixture_trains_and_reports_each_source(text, tmp_path):
+    (tmp_path / "more.jsonl").write_text(
+        "".join(json.dumps({"content": f"{i} mixes four rows. " * 20}) + "\n" for i in range(20)) + "oops\n"
+    )
+    options = ["--data.source", text, str(tmp_path / "more.jsonl"), "--data.weights", "1", "3", "--data.text-field", "content"]
+    assert main(["train", "laptop", "--out", str(tmp_path / "run"), *options, *TINY]) == 0
+    data = json.loads((tmp_path / "run" / "summary.json").read_text())["data"]
+    assert [source["share"] for source in data["sources"]] == [0.25, 0.75]
+    assert data["sources"][1]["skipped_records"] == {"not JSON": 1}
+    assert data["skipped_records"] == 1
+
+
 def test_bench_compares_step_times(capsys):
     assert main(["bench", "laptop", "--rounds", "1", "--variants", "residual", "mhc", *TINY]) == 0
     assert "| mhc |" in capsys.readouterr().out
@@ -136,3 +154,27 @@ def test_bench_compares_step_times(capsys):
 def test_the_command_is_installed():
     done = subprocess.run([sys.executable, "-m", "mhc_jax.cli", "--version"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
+
+
+def test_ngrams_prints_a_line_for_each_published_size(capsys):
+    assert main(["ngrams", "--rounds", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:4] for line in lines[1:]] == [
+        ["27b", "2,3", "8", "16"],
+        ["40b", "2,3", "8", "16"],
+        ["v4.1-flash", "2,3,4", "8", "24"],
+    ]
+    assert all(float(line.split()[4]) >= float(line.split()[5]) for line in lines[1:])
+
+
+def test_a_config_with_engram_has_flags_for_it_and_others_have_not(monkeypatch, capsys):
+    plain = get("laptop")
+    engram = EngramConfig(layers=(1,), table_sizes=(100, 200))
+    monkeypatch.setattr("mhc_jax.configs.CONFIGS", {"plain": lambda: plain, "engram": lambda: override(plain, {"model.engram": engram})})
+    changed = _with_config(Train, "train", ["engram", "--model.engram.seed", "3", "--model.engram.table-sizes", "300", "400"])
+    assert changed.config == override(plain, {"model.engram": dataclasses.replace(engram, seed=3, table_sizes=(300, 400))})
+    assert _with_config(Train, "train", ["plain"]).config == plain
+    with pytest.raises(SystemExit):
+        _with_config(Train, "train", ["plain", "--model.engram.seed", "3"])
+    with pytest.raises(UserError, match=r"model\.engram\.heads is 0"):
+        _with_config(Train, "train", ["engram", "--model.engram.heads", "0"])

@@ -16,9 +16,10 @@ def test_the_wheel_works_outside_the_checkout(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"mhc_jax"}
+    assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"mhc_jax", "pallas_kernels"}
     for path in ("configs/laptop.py", "experiments/report.py", "py.typed"):
         assert f"mhc_jax/{path}" in names
+    assert "pallas_kernels/py.typed" in names
 
     site = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", site, wheel]

@@ -1,27 +1,27 @@
-"""Tokenises a corpus once, into a cache folder that later calls find again. What is in the folder is described in prepared."""
+"""Tokenises the sources of a config once, each into a cache folder that later calls find again. What is in a folder: prepared."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-
-import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
-from jaxtyping import Int64
+from typing import Any
 
 from mhc_jax.config import DataConfig
-from mhc_jax.data.corpus import Corpus, Document, File, read_documents, scan, split
-from mhc_jax.data.prepared import MANIFEST, Prepared, read_manifest, write_manifest
+from mhc_jax.data.corpus import scan
+from mhc_jax.data.documents import Documents, bad_records
+from mhc_jax.data.prepared import MANIFEST, Prepared, PreparedSource, read_manifest
 from mhc_jax.data.tokenizer import TextTokenizer, check_trainable, load_tokenizer, train_tokenizer
+from mhc_jax.data.write import write_folder
 from mhc_jax.errors import UserError
 
-FORMAT = 1  # raised when the same corpus and settings would give other files
-CHUNK = 1 << 22  # characters of text that are tokenised in one call, in parallel over documents
+FORMAT = 2  # raised when the same corpus and settings would give other files
+
+Say = Callable[[str], None]
 
 
 def cache_root() -> Path:
@@ -29,142 +29,130 @@ def cache_root() -> Path:
     return Path(os.environ.get("MHC_JAX_CACHE") or "~/.cache/mhc_jax").expanduser()
 
 
-def prepare(data: DataConfig, vocab_size: int, cache: Path | None = None, progress: Callable[[str], None] | None = None) -> Prepared:
-    """Tokenises the corpus of a config, or finds the result of an earlier call with the same text and settings.
+def prepare(data: DataConfig, vocab_size: int, cache: Path | None = None, progress: Say | None = None) -> Prepared:
+    """Tokenises the sources of a config, or finds the results of an earlier call with the same text and settings.
 
-    Every call hashes the corpus, so a changed file is noticed. Several processes may prepare the same corpus at once.
+    Every call looks at all files and hashes those that have changed. A cache folder whose files are not those that were written is made
+    anew. Several processes may prepare the same corpus at once.
 
     Args:
-      data: the fields source, tokenizer and heldout_share are used.
+      data: the fields source, weights, text_field, max_bad_records, tokenizer and heldout_share are used.
       vocab_size: of the model; token ids are below it.
       cache: folder of cached files, default `cache_root()`.
       progress: receives a line of text at the beginning of each stage.
 
     Raises:
-      UserError: the corpus or the tokenizer does not do (see corpus and tokenizer), or the cache cannot be written.
+      UserError: a corpus or the tokenizer does not do (see corpus, documents and tokenizer), or the cache cannot be written.
     """
     say = progress or (lambda line: None)
+    root = cache_root() if cache is None else cache
     given = None if data.tokenizer is None else load_tokenizer(Path(data.tokenizer).expanduser(), vocab_size)
     if given is None:
         check_trainable(vocab_size)
-    corpus = scan(data.source)
-    train_files, heldout_files = split(corpus.files, data.heldout_share)
+    everything = [
+        Documents(
+            scan(source, root),
+            text_field=data.text_field,
+            heldout_share=data.heldout_share,
+            max_bad_records=data.max_bad_records,
+        )
+        for source in data.source
+    ]
+    tokenizer = given or _trained_tokenizer(everything, data, vocab_size, root, say)
+    return Prepared(tuple(_prepare_source(documents, tokenizer, data, root, say) for documents in everything), data.weights)
 
-    settings = {
-        "format": FORMAT,
-        "corpus": corpus.fingerprint,
-        "heldout_share": data.heldout_share,
-        "tokenizer": f"BPE of {vocab_size}" if given is None else given.fingerprint,
-    }
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
-    folder = (cache_root() if cache is None else cache) / "data" / key
-    if not (folder / MANIFEST).exists():
-        temporary = _temporary_sibling(folder)
-        try:
-            if given is None:
-                say(f"training a tokenizer of {vocab_size} tokens on {len(train_files)} files of {data.source}")
-            tokenizer = given or train_tokenizer((document.text for document in read_documents(train_files)), vocab_size)
-            say(f"tokenising {len(corpus.files)} files of {data.source}")
-            _write_folder(temporary, corpus, train_files, heldout_files, tokenizer)
-            _rename(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+
+def _trained_tokenizer(everything: Sequence[Documents], data: DataConfig, vocab_size: int, root: Path, say: Say) -> TextTokenizer:
+    """A BPE of the training documents of all sources, whatever their weights, trained once."""
+    corpora = [documents.corpus.fingerprint for documents in everything]
+    folder = root / "tokenizers" / _key(corpora=corpora, split=_split(data), vocab_size=vocab_size)
+    kept = folder / "tokenizer.json"
+    if kept.exists():
+        with contextlib.suppress(UserError):  # damaged: trained again
+            return load_tokenizer(kept, vocab_size)
+    for documents in everything:
+        _ = documents.survey  # what is wrong with the text comes first
+    say(f"training a tokenizer of {vocab_size} tokens on {_names(data.source)}")
+    tokenizer = train_tokenizer((text for documents in everything for text in documents.training()), vocab_size)
+    with _temporary_sibling(folder) as temporary:
+        (temporary / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        _rename(temporary, folder, "tokenizer.json")
+    return tokenizer
+
+
+def _prepare_source(documents: Documents, tokenizer: TextTokenizer, data: DataConfig, root: Path, say: Say) -> PreparedSource:
+    corpus = documents.corpus
+    folder = root / "data" / _key(corpus=corpus.fingerprint, split=_split(data), tokenizer=tokenizer.fingerprint)
+    prepared = _intact(folder, say)
+    if prepared is not None and bad_records(prepared.skipped_records) > data.max_bad_records:
+        _ = documents.survey  # refuses them: the earlier call tolerated more
+    if prepared is None:
+        survey = documents.survey
+        if survey.first_bad:
+            counts = ", ".join(f"{count} {kind}" for kind, count in survey.skipped.items())
+            say(f"skipping bad records of {corpus.source}: {counts} (the first: {survey.first_bad})")
+        with _temporary_sibling(folder) as temporary:
+            say(f"tokenising {survey.documents:,} documents of {corpus.source}")
+            write_folder(temporary, documents, tokenizer)
+            _rename(temporary, folder, MANIFEST)
+        prepared = read_manifest(folder)
+    say(f"{prepared.train_tokens:,} training and {prepared.heldout_tokens:,} held-out tokens of {corpus.source} in {folder}")
     # A moved corpus is the same corpus: the source is the caller's, not that of the first call.
-    prepared = dataclasses.replace(read_manifest(folder), source=data.source)
-    say(f"{prepared.train_tokens:,} training and {prepared.heldout_tokens:,} held-out tokens of {data.source} in {folder}")
-    return prepared
+    return dataclasses.replace(prepared, source=corpus.source)
 
 
-def unigram_entropy(frequencies: Int64[np.ndarray, " vocab"]) -> float:
-    """Entropy in nats of tokens that occur so many times each."""
-    seen = frequencies[frequencies > 0]
-    share = seen / seen.sum()
-    return float(-(share * np.log(share)).sum())
-
-
-def _write_folder(folder: Path, corpus: Corpus, train_files: list[File], heldout_files: list[File], tokenizer: TextTokenizer) -> None:
-    (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
-    bits = 16 if tokenizer.size <= 1 << 16 else 32
-    train = _write_records(folder / "train.array_record", train_files, tokenizer, bits)
-    heldout = _write_records(folder / "heldout.array_record", heldout_files, tokenizer, bits)
-    prepared = Prepared(
-        folder=folder,
-        source=corpus.source,
-        fingerprint=corpus.fingerprint,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.size,
-        end_of_text=tokenizer.end_of_text,
-        token_bits=bits,
-        train_documents=train.documents,
-        heldout_documents=heldout.documents,
-        skipped_files=corpus.skipped,
-        train_tokens=train.tokens,
-        heldout_tokens=heldout.tokens,
-        heldout_unigram_entropy=unigram_entropy(heldout.frequencies),
-        bytes_per_token=heldout.bytes / heldout.tokens,
-    )
-    write_manifest(prepared)
-
-
-@dataclass(frozen=True)
-class _Written:
-    documents: int
-    bytes: int  # UTF-8 bytes of their text
-    frequencies: Int64[np.ndarray, " vocab"]  # of token ids, end-of-text included
-
-    @property
-    def tokens(self) -> int:
-        return int(self.frequencies.sum())
-
-
-def _write_records(path: Path, files: list[File], tokenizer: TextTokenizer, bits: int) -> _Written:
-    """One record a document; a document in which the tokenizer finds nothing gets none."""
-    documents, size = 0, 0
-    frequencies = np.zeros(tokenizer.size, np.int64)
-    writer = ArrayRecordWriter(str(path), "group_size:1")  # one record a group: cheap to read in any order
+def _intact(folder: Path, say: Say) -> PreparedSource | None:
+    """What an earlier call left in the folder; a damaged folder is moved out of the way."""
+    if not folder.exists():
+        return None
     try:
-        for chunk in _chunks(read_documents(files)):
-            size += sum(len(document.text.encode()) for document in chunk)
-            for ids in tokenizer.encode([document.text for document in chunk]):
-                if ids.size:
-                    record = np.append(ids, tokenizer.end_of_text)
-                    writer.write(record.astype(f"<u{bits // 8}").tobytes())
-                    frequencies += np.bincount(record, minlength=tokenizer.size)
-                    documents += 1
-    finally:
-        writer.close()
-    if not documents:
-        raise UserError(f"the tokenizer finds no token in {files[0].path} and {len(files) - 1} more files; choose another data.tokenizer")
-    return _Written(documents, size, frequencies)
+        return read_manifest(folder)
+    except (OSError, ValueError) as error:
+        say(f"{folder} is damaged ({error}); it is made anew")
+    # Renamed first: what is being deleted must never be found under the name that promises a whole folder.
+    aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        folder.rename(aside)
+    except FileNotFoundError:  # another process was faster
+        return None
+    except OSError as error:
+        raise UserError(f"{folder} is damaged and cannot be replaced: {error.strerror}; delete it") from error
+    shutil.rmtree(aside, ignore_errors=True)
+    return None
 
 
-def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Groups of consecutive documents with about CHUNK characters."""
-    chunk: list[Document] = []
-    length = 0
-    for document in documents:
-        chunk.append(document)
-        length += len(document.text)
-        if length >= CHUNK:
-            yield chunk
-            chunk, length = [], 0
-    if chunk:
-        yield chunk
+def _split(data: DataConfig) -> dict[str, Any]:
+    """What decides, beside the corpus, which text is trained on."""
+    return {"heldout_share": data.heldout_share, "text_field": data.text_field}
 
 
-def _temporary_sibling(folder: Path) -> Path:
+def _key(**settings: Any) -> str:
+    return hashlib.sha256(json.dumps({"format": FORMAT, **settings}, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _names(sources: Sequence[str]) -> str:
+    return " and ".join(sources)
+
+
+@contextlib.contextmanager
+def _temporary_sibling(folder: Path) -> Iterator[Path]:
+    """An empty folder beside the given one, to be renamed to it; what is left of it afterwards is deleted."""
     temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"cannot write to {folder.parent}: {error.strerror}; set MHC_JAX_CACHE to a folder that can be written") from error
-    return temporary
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _rename(temporary: Path, folder: Path) -> None:
+def _rename(temporary: Path, folder: Path, sign: str) -> None:
     """Puts the finished folder in its place, unless another process was faster: then theirs, which is the same, stays."""
     try:
         temporary.rename(folder)
     except OSError:
-        if not (folder / MANIFEST).exists():
+        if not (folder / sign).exists():
             raise

@@ -1,7 +1,8 @@
 """The tokenizer: a byte-level BPE trained on the corpus, or one that is given. Where it is kept is decided elsewhere (prepare)."""
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
 
 SMALLEST_BPE = 257  # the 256 bytes and end-of-text
+LARGEST_BPE = 1 << 22  # several times the largest vocabularies in use; the trainer allocates all of it beforehand
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,19 @@ class TextTokenizer:
         """sha256 of its json, hexadecimal."""
         return hashlib.sha256(self.json.encode()).hexdigest()
 
+    def texts(self, tokens: Sequence[int]) -> list[str]:
+        """The text of each token by itself; a token that is part of a character has the replacement character."""
+        return self._tokenizer.decode_batch([[token] for token in tokens], skip_special_tokens=False)
+
     def encode(self, texts: Sequence[str]) -> list[Int64[np.ndarray, " tokens"]]:
-        """Token ids of each text, without end-of-text: a text that spells a special token out gets ordinary tokens."""
-        return [np.array(encoding.ids, np.int64) for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        """Token ids of each text, without end-of-text: a text that spells a special token out gets ordinary tokens.
+
+        Raises:
+          UserError: a given tokenizer cannot encode it, for example because its token for unknown text is not in its vocabulary.
+        """
+        with failures_told("the tokenizer cannot encode this text"):
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.int64) for encoding in encodings]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
@@ -63,6 +75,8 @@ def check_trainable(vocab_size: int) -> None:
             f"model.vocab_size is {vocab_size}, but a byte-level tokenizer needs at least {SMALLEST_BPE} tokens "
             "(256 bytes and end-of-text); raise it, or give a smaller tokenizer with data.tokenizer"
         )
+    if vocab_size > LARGEST_BPE:
+        raise UserError(f"model.vocab_size is {vocab_size}; a tokenizer of at most {LARGEST_BPE} tokens can be trained; lower it")
 
 
 def load_tokenizer(path: Path, vocab_size: int) -> TextTokenizer:
@@ -73,11 +87,12 @@ def load_tokenizer(path: Path, vocab_size: int) -> TextTokenizer:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        tokenizer = Tokenizer.from_buffer(text.encode())
     except OSError as error:
         raise UserError(f"data.tokenizer: cannot read {path}: {error.strerror}; give the path of a tokenizer.json") from error
-    except ValueError as error:  # not UTF-8, or not what the library reads
-        raise UserError(f"data.tokenizer: {path} is not a tokenizer ({error}); give a tokenizer.json of the tokenizers library") from error
+    except ValueError as error:
+        raise UserError(f"data.tokenizer: {path} is not a tokenizer (it is not UTF-8); give a tokenizer.json") from error
+    with failures_told(f"data.tokenizer: {path} is not a tokenizer; give a tokenizer.json of the tokenizers library"):
+        tokenizer = Tokenizer.from_buffer(text.encode())
     loaded = _wrap(tokenizer, text, str(path))
     if loaded.size > vocab_size:
         raise UserError(
@@ -92,8 +107,24 @@ def _wrap(tokenizer: Tokenizer, text: str, name: str) -> TextTokenizer:
     end_of_text = next((ids[token] for token in END_OF_TEXT_NAMES if token in ids), None)
     if end_of_text is None:
         raise UserError(f"{name} has no end-of-text token; it needs one of {', '.join(END_OF_TEXT_NAMES)}")
+    if len(set(ids.values())) < len(ids):
+        raise UserError(f"{name} gives one id to several tokens; what they stand for could not be told apart, so mend it")
     # A given tokenizer may cut, pad, or read special tokens out of the text: documents are encoded whole and literally.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None  # of merges, at random: the same text would be other tokens in the next cache
     return TextTokenizer(json=text, size=max(ids.values()) + 1, end_of_text=end_of_text, _tokenizer=tokenizer)
+
+
+@contextlib.contextmanager
+def failures_told(what: str) -> Iterator[None]:
+    """Turns what the library raises into a UserError: bare Exceptions, and panics of its Rust code, which are not even Exceptions."""
+    try:
+        yield
+    except BaseException as error:
+        # The class of a panic cannot be imported; anything else beside Exception (an interrupt) is not the library's.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what} ({str(error)[:300]})") from error

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from mhc_jax.config import ModelConfig
+from mhc_jax.engram_layout import table_rows
 from mhc_jax.nn.decoder import Decoder
 from mhc_jax.nn.module import named_parameters
 
@@ -17,14 +18,16 @@ class ParameterCount:
     total: int
     active: int  # used for one token: without the input embedding and the experts that it does not visit
     connection: int  # of the residual connections, the learned collapse included
+    table: int = 0  # rows that n-grams look up, padding not counted; a part of the total and not active
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
     """Counts the parameters of a config, any size, in a moment."""
     model = jax.eval_shape(lambda: Decoder(config, jax.random.key(0)))
     sizes = {name: int(np.prod(leaf.shape)) for name, leaf in named_parameters(model)}
-    total = sum(sizes.values())
+    table = 0 if config.engram is None else sum(table_rows(config.engram)) * config.engram.head_dim
+    total = sum(sizes.values()) + table
     routed = sum(size for name, size in sizes.items() if name in ("moe_layers.ffn.inner", "moe_layers.ffn.out"))
     idle = routed - routed * config.moe.top_k // config.moe.num_experts
     connection = sum(size for name, size in sizes.items() if "connection." in name or name.startswith("head."))
-    return ParameterCount(total=total, active=total - sizes["embedding"] - idle, connection=connection)
+    return ParameterCount(total=total, active=total - sizes["embedding"] - idle - table, connection=connection, table=table)

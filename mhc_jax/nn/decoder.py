@@ -1,11 +1,15 @@
 """The network: embedding, layers of two sublayers joined by residual connections, collapse, norm, head.
 
-    embed -> n equal streams -> per sublayer: read -> norm -> attention or feed-forward -> write -> ... -> collapse -> norm -> logits
+    embed -> n equal streams -> per sublayer: seam -> norm -> attention or feed-forward -> ... -> write -> collapse -> norm -> logits
 
-Layers of one kind are stacked along axis 0 and run under `jax.lax.scan`. A sublayer never knows how many streams there are; a connection
-never knows what the sublayer is.
+Before the layers that have a memory, what they read from it is added to all streams (`mhc_jax.nn.engram`).
+
+A seam writes the output of the sublayer before and reads the input of the next, so what runs from layer to layer is a `Pending`. Layers of
+one kind are stacked along axis 0 and run under `jax.lax.scan`, in pieces between layers with a memory. A sublayer never knows how many
+streams there are; a connection never knows what the sublayer is.
 """
 
+from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -14,17 +18,18 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mhc_jax.config import ModelConfig
+from mhc_jax.nn.engram import Engram, reach_of
 from mhc_jax.nn.ffn import SwiGLU
 from mhc_jax.nn.loss import next_token_loss
 from mhc_jax.nn.mla import MLA
 from mhc_jax.nn.module import Module, Spec, normal
 from mhc_jax.nn.moe import MoE
 from mhc_jax.nn.norm import inverse_rms, rms_norm, wide, wide_dtype
-from mhc_jax.nn.remat import remat
+from mhc_jax.nn.remat import kept, recomputed, scan_layers
 from mhc_jax.nn.residual.hc import HC, StaticHC
 from mhc_jax.nn.residual.mhc import MHC, IdentityHC, pre_bias, projected
 from mhc_jax.nn.residual.socket import Connection, PlainResidual
-from mhc_jax.nn.residual.streams import Coefficients, collapse, expand, read, split, write
+from mhc_jax.nn.residual.streams import Pending, collapse, expand, split, unpack, unwritten
 from mhc_jax.parallel.rules import Rules
 
 CONNECTIONS: dict[str, type[Connection]] = {
@@ -65,6 +70,7 @@ class Aux(NamedTuple):
     trace: SublayerTrace | None  # arrays stacked over 2 * L sublayers; None unless asked for
     final_stream_rms: Float[Array, "n"]
     final_stream_cosine: Float[Array, ""]
+    gates: Float[Array, "memories n S"] | None  # of each layer with a memory, for the first sequence; None unless asked for
 
 
 class Layer(Module):
@@ -108,8 +114,7 @@ class Head(Module):
         self.norm_eps: float = config.norm_eps
 
     def __call__(self, x: Float[Array, "B S nC"]) -> Float[Array, "n T"]:
-        alpha = jnp.broadcast_to(self.alpha, self.bias.shape)
-        return jax.nn.sigmoid(projected(x, self.phi, alpha, self.bias, self.norm_eps))
+        return jax.nn.sigmoid(projected(x, self.phi, self.alpha[0], self.bias, self.norm_eps))
 
 
 class Decoder(Module):
@@ -118,6 +123,7 @@ class Decoder(Module):
     embedding: Float[Array, "V C"]
     dense_layers: Layer | None  # stacked
     moe_layers: Layer | None  # stacked
+    engram: Engram | None  # stacked: of the layers that have a memory
     head: Head | None
     final_norm: Float[Array, "C"]
     unembed: Float[Array, "C V"]
@@ -127,7 +133,7 @@ class Decoder(Module):
         "final_norm": Spec((None,)),
         "unembed": Spec(("embed", "vocab"), decay=True),
     }
-    STACKS: ClassVar = ("dense_layers", "moe_layers")
+    STACKS: ClassVar = ("dense_layers", "moe_layers", "engram")
 
     def __init__(self, config: ModelConfig, key: PRNGKeyArray):
         """Parameters that all residual kinds share have the same initial values for the same key."""
@@ -143,6 +149,10 @@ class Decoder(Module):
         self.embedding = normal(k_embedding, (config.vocab_size, config.dim), config.init_std)
         self.dense_layers = stack(0, config.dense_layers, True)
         self.moe_layers = stack(config.dense_layers, config.num_layers, False)
+        self.engram = None
+        if config.engram is not None:
+            keys = jax.random.split(jax.random.fold_in(k_layers, config.num_layers), len(config.engram.layers))
+            self.engram = jax.vmap(lambda k: Engram(config, k))(keys)
         many = config.residual != "residual"
         self.head = Head(config) if many and config.connections.collapse == "learned" else None
         self.final_norm = jnp.ones(config.dim)
@@ -158,9 +168,14 @@ class Decoder(Module):
 def learnable_mappings(config: ModelConfig) -> Float[np.ndarray, "sublayers 3"]:
     """0 where the pre, post or res mapping of a sublayer cannot learn because all streams are still equal there, 1 elsewhere."""
     table = np.ones((2 * config.num_layers, 3), np.float32)
-    learns = CONNECTIONS[config.residual].LEARNS_FROM_EQUAL_STREAMS
+    learns = CONNECTIONS[config.residual].LEARNS_FROM_EQUAL_STREAMS if streams_start_equal(config) else ()
     table[0, : len(learns)] = learns
     return table
+
+
+def streams_start_equal(config: ModelConfig) -> bool:
+    """Whether the first sublayer finds equal streams. It does not where the first layer has a memory, whose gates differ by stream."""
+    return config.engram is None or config.engram.layer_ids[0] > 0
 
 
 def initial_router_bias(config: ModelConfig) -> Float[Array, "L_moe E"]:
@@ -175,48 +190,80 @@ def hidden_states(
     segment_ids: Int[Array, "B S"],
     router_bias: Float[Array, "L_moe E"],
     *,
+    memory: tuple[Float[Array, "B S d_mem"], ...] = (),
     rules: Rules = Rules(),
     trace: bool = False,
 ) -> tuple[Float[Array, "B S C"], Aux]:
     """Final normalised hidden states in the compute dtype, and what the layers report.
 
-    With `trace`, the connections' mappings for the first sequence are kept (memory: 2 L n^2 S float32).
+    `memory` is what the tokens read from the table of each layer that has one. With `trace`, the connections' mappings for the first
+    sequence are kept (memory: 2 L n^2 S float32).
+
+    Raises:
+      ValueError: `memory` is not one array for each layer of `config.engram`.
     """
     config, n = model.config, model.streams
+    memory_layers = () if config.engram is None else config.engram.layer_ids
+    if len(memory) != len(memory_layers):
+        raise ValueError(f"memory holds {len(memory)} arrays, but {len(memory_layers)} layers have a memory; give one for each")
     wide_type = wide_dtype(model.embedding)
     compute = jnp.dtype(config.dtype) if wide_type == jnp.float32 else wide_type
-    x = expand(model.embedding.astype(compute)[tokens], n)
-    x = _constrain(x, rules)
+    x = _constrain(expand(model.embedding.astype(compute)[tokens], n), rules)
+    connection = next(stack for stack in (model.dense_layers, model.moe_layers) if stack is not None).attention_connection
+    pending = unwritten(x, connection.mapping)
 
-    def layer_step(x, layer_and_bias):
+    def attention(u, attention, norm, positions, segment_ids):
+        return attention(rms_norm(u, norm, config.norm_eps), positions, segment_ids)
+
+    def ffn(u, ffn, norm, bias):
+        u = rms_norm(u, norm, config.norm_eps)
+        if isinstance(ffn, MoE):
+            y, load, balance = ffn(u, bias, rules)
+            return y, (load, balance)
+        return ffn(u), (jnp.zeros(config.moe.num_experts, jnp.int32), jnp.zeros((), wide_type))
+
+    def sublayer(pending, connection, f, own):
+        """One sublayer `f` behind its connection: what it leaves pending, what f reports, and the trace if asked for."""
+        x, u, h = connection.seam(pending, rules)
+        x = _constrain(x, rules)
+        y, report = (kept(f) if config.remat == "streams" else f)(u, *own)
+        return Pending(x, y, h), report, _trace(x, h, connection) if trace else None
+
+    def layer_step(pending, layer_and_bias):
         layer, bias = layer_and_bias
 
-        def attention(u):
-            return layer.attention(rms_norm(u, layer.attention_norm, config.norm_eps), positions, segment_ids)
+        of_attention = (layer.attention, layer.attention_norm, positions, segment_ids)
+        pending, largest, trace_attention = sublayer(pending, layer.attention_connection, attention, of_attention)
+        of_ffn = (layer.ffn, layer.ffn_norm, bias)
+        pending, (load, balance), trace_ffn = sublayer(pending, layer.ffn_connection, ffn, of_ffn)
+        return pending, LayerAux(largest, load, balance, (trace_attention, trace_ffn) if trace else None)
 
-        def ffn(u):
-            u = rms_norm(u, layer.ffn_norm, config.norm_eps)
-            if isinstance(layer.ffn, MoE):
-                y, load, balance = layer.ffn(u, bias, rules)
-                return y, (load, balance)
-            return layer.ffn(u), (jnp.zeros(config.moe.num_experts, jnp.int32), jnp.zeros((), wide_type))
+    def with_memory(pending, index):
+        """The streams with what layer `memory_layers[index]` reads from its table; the write before it cannot be part of a seam."""
+        assert config.engram is not None
+        reach = reach_of(segment_ids, config.engram.cross_documents)
+        own = jax.tree.map(lambda a: a[index], model.engram)
+        x = connection.written(pending, rules)
+        x, gates = recomputed(lambda engram, x, read: engram(x, read, reach, rules), config.remat)(own, x, memory[index])
+        return unwritten(_constrain(x, rules), connection.mapping), gates[:, : x.shape[1]]
 
-        x, largest, trace_attention = _sublayer(x, layer.attention_connection, attention, n, trace)
-        x, (load, balance), trace_ffn = _sublayer(x, layer.ffn_connection, ffn, n, trace)
-        x = _constrain(x, rules)
-        return x, LayerAux(largest, load, balance, (trace_attention, trace_ffn) if trace else None)
-
-    step = remat(layer_step, config.remat)
-    reports = []
-    if model.dense_layers is not None:
-        no_bias = jnp.zeros((config.dense_layers, config.moe.num_experts))
-        x, report = jax.lax.scan(step, x, (model.dense_layers, no_bias))
-        reports.append(report)
-    if model.moe_layers is not None:
-        x, report = jax.lax.scan(step, x, (model.moe_layers, router_bias))
-        reports.append(report)
+    reports, gates = [], []
+    no_bias = jnp.zeros((config.dense_layers, config.moe.num_experts))
+    for first, stack in ((0, (model.dense_layers, no_bias)), (config.dense_layers, (model.moe_layers, router_bias))):
+        if stack[0] is None:
+            continue
+        end = first + len(stack[1])
+        stops = [first, *(layer for layer in memory_layers if first < layer < end), end]
+        for start, stop in pairwise(stops):
+            if start in memory_layers:
+                pending, of_layer = with_memory(pending, memory_layers.index(start))
+                gates.append(of_layer)
+            part = stack if stop - start == end - first else jax.tree.map(lambda a: a[start - first : stop - first], stack)  # noqa: B023
+            pending, report = scan_layers(layer_step, pending, part, config.remat, n)
+            reports.append(report)
     layers = jax.tree.map(lambda *parts: jnp.concatenate(parts), *reports)
 
+    x = connection.written(pending, rules)
     rms, cosine = _stream_statistics(x, n)
     aux = Aux(
         max_attention_logit=layers.max_attention_logit,
@@ -226,6 +273,7 @@ def hidden_states(
         trace=jax.tree.map(lambda a, f: jnp.stack([a, f], axis=1).reshape(-1, *a.shape[1:]), *layers.trace) if trace else None,
         final_stream_rms=rms,
         final_stream_cosine=cosine,
+        gates=jnp.stack(gates) if trace and gates else None,
     )
     if n > 1:
         tokens_count = x.shape[0] * x.shape[1]
@@ -244,31 +292,35 @@ def logits(model: Decoder, tokens, positions, segment_ids, router_bias, **kwargs
 
 
 def batch_loss(
-    model: Decoder, batch: dict[str, Array], router_bias: Float[Array, "L_moe E"], *, rules: Rules = Rules(), trace: bool = False
+    model: Decoder,
+    batch: dict[str, Array],
+    router_bias: Float[Array, "L_moe E"],
+    *,
+    memory: tuple[Float[Array, "B S d_mem"], ...] = (),
+    rules: Rules = Rules(),
+    trace: bool = False,
 ) -> tuple[Float[Array, ""], Int[Array, ""], Aux]:
     """Summed cross-entropy (nats) of a batch, the number of its targets, and what the layers report."""
-    hidden, aux = hidden_states(model, batch["tokens"], batch["positions"], batch["segment_ids"], router_bias, rules=rules, trace=trace)
+    where = (batch["tokens"], batch["positions"], batch["segment_ids"])
+    hidden, aux = hidden_states(model, *where, router_bias, memory=memory, rules=rules, trace=trace)
     total, count = next_token_loss(hidden, model.unembed, batch["targets"], model.config.loss_chunk)
     return total, count, aux
 
 
-def _sublayer(x, connection: Connection, f, n: int, trace: bool):
-    """One sublayer `f` inside its connection: new streams, what f reports, and the trace if asked for."""
-    coefficients = connection.coefficients(x)
-    y, report = f(read(x, coefficients))
-    return write(x, y, coefficients), report, _trace(x, coefficients, n) if trace else None
-
-
-def _trace(x: Float[Array, "B S nC"], c: Coefficients, n: int) -> SublayerTrace:
-    length = x.shape[1]
-    ones = jnp.ones((n, length))
-    identity = jnp.broadcast_to(jnp.eye(n)[..., None], (n, n, length))
+def _trace(x: Float[Array, "B S nC"], h: Float[Array, "K T"] | None, connection: Connection) -> SublayerTrace:
+    length, mapping = x.shape[1], connection.mapping
+    n = 1 if mapping is None else mapping.n
+    ones, identity = jnp.ones((n, length)), jnp.broadcast_to(jnp.eye(n)[..., None], (n, n, length))
     rms, cosine = _stream_statistics(x, n)
+    if mapping is None or h is None:
+        return SublayerTrace(ones, ones, identity, jnp.full((), jnp.nan), rms, cosine)
+    pre, post, res = unpack(h[:, :length], mapping)
+    logits = connection.res_logits(x[:1])
     return SublayerTrace(
-        pre=ones if c.pre is None else c.pre[:, :length],
-        post=ones if c.post is None else c.post[:, :length],
-        res=identity if c.res is None else c.res[..., :length],
-        logit_std=jnp.full((), jnp.nan) if c.logits is None else c.logits[..., :length].std(),
+        pre=pre,
+        post=post,
+        res=identity if res is None else res,
+        logit_std=jnp.full((), jnp.nan) if logits is None else logits.std(),
         stream_rms=rms,
         stream_cosine=cosine,
     )

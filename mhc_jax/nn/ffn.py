@@ -5,6 +5,7 @@ from typing import ClassVar
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from mhc_jax.nn.linear import project
 from mhc_jax.nn.module import Module, Spec, normal
 
 
@@ -29,4 +30,4 @@ class SwiGLU(Module):
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
         """The feed-forward output, in x's type."""
-        return gated(x @ self.inner.astype(x.dtype)) @ self.out.astype(x.dtype)
+        return project(gated(project(x, self.inner)), self.out)

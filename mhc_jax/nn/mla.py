@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mhc_jax.config import AttentionConfig, ModelConfig
 from mhc_jax.nn.attention import causal_attention
+from mhc_jax.nn.linear import project
 from mhc_jax.nn.module import Module, Spec, normal
 from mhc_jax.nn.norm import rms_norm
 from mhc_jax.nn.rotary import rotate, softmax_temperature
@@ -64,17 +65,16 @@ class MLA(Module):
         """Attention output, and the largest attention logit (no gradient)."""
         a, eps = self.config, self.norm_eps
         if self.query is not None:
-            q = jnp.einsum("bsc,chd->bshd", x, self.query.astype(x.dtype))
+            q = project(x, self.query)
         else:
             assert self.query_down is not None and self.query_up is not None
-            q_latent = rms_norm(x @ self.query_down.astype(x.dtype), self.query_norm, eps)
-            q = jnp.einsum("bsq,qhd->bshd", q_latent, self.query_up.astype(x.dtype))
+            q_latent = rms_norm(project(x, self.query_down), self.query_norm, eps)
+            q = project(q_latent, self.query_up)
         q_nope, q_rope = jnp.split(q, [a.nope_dim], axis=-1)
 
-        latent, k_rope = jnp.split(x @ self.latent.astype(x.dtype), [a.kv_rank], axis=-1)
+        latent, k_rope = jnp.split(project(x, self.latent), [a.kv_rank], axis=-1)
         latent = rms_norm(latent, self.latent_norm, eps)
-        expanded = jnp.einsum("bsk,khd->bshd", latent, self.expand.astype(x.dtype))
-        k_nope, value = jnp.split(expanded, [a.nope_dim], axis=-1)
+        k_nope, value = jnp.split(project(latent, self.expand), [a.nope_dim], axis=-1)
 
         if self.qk_scales is not None:
             # The two parts are normalised apart, so that the rotated key stays shared by all heads.
@@ -92,4 +92,4 @@ class MLA(Module):
             scale=(a.nope_dim + a.rope_dim) ** -0.5 * softmax_temperature(a.rope),
             query_block=a.query_block,
         )
-        return jnp.einsum("bshv,hvc->bsc", attended, self.out.astype(x.dtype)), largest
+        return project(attended.reshape(*x.shape[:-1], -1), self.out.reshape(-1, x.shape[-1])), largest

@@ -106,7 +106,8 @@ class MoE(Module):
         tokens = x.reshape(-1, x.shape[-1])
         routing = route(tokens, self.router, bias, self.config)
         # Every shard of tokens sorts and computes its own; the weights are gathered to it.
-        routed = on_token_shards(routed_swiglu, rules, tokens=3)(tokens, routing.experts, routing.weights, self.inner, self.out)
+        route_and_multiply = on_token_shards(routed_swiglu, rules, tokens=(0, 0, 0, None, None))
+        routed = route_and_multiply(tokens, routing.experts, routing.weights, self.inner, self.out)
         y = routed.reshape(x.shape)
         if self.shared is not None:
             y = y + self.shared(x)

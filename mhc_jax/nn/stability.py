@@ -27,7 +27,8 @@ class Stability(NamedTuple):
     distance_uniform: Float[Array, "L"]
     logit_std: Float[Array, "L"]
     res: Float[Array, "L n n"]
-    res_composite: Float[Array, "L n n"]
+    res_composite: Float[Array, "L n n"]  # product of sublayers 1..l
+    res_composite_rest: Float[Array, "L n n"]  # product of sublayers l..L
     pre: Float[Array, "L n"]
     post: Float[Array, "L n"]
     stream_norm: Float[Array, "L+1 n"]
@@ -80,6 +81,7 @@ def stability(aux: Aux) -> Stability:
         logit_std=trace.logit_std,
         res=res.mean(axis=-1),
         res_composite=upward.mean(axis=-1),
+        res_composite_rest=downward.mean(axis=-1),
         pre=trace.pre.mean(axis=-1),
         post=trace.post.mean(axis=-1),
         stream_norm=jnp.concatenate([trace.stream_rms, aux.final_stream_rms[None]]),

@@ -20,6 +20,7 @@ class Rules:
     experts: MeshAxes = None
     vocab: MeshAxes = None
     layers: MeshAxes = None
+    table_rows: MeshAxes = ("data", "fsdp")  # of Engram's tables: a device owns a contiguous block
 
     def spec(self, *axes: str | None) -> PartitionSpec:
         """The partition of an array whose axes have these logical names (None: not split).

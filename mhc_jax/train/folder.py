@@ -1,14 +1,20 @@
 """A run folder as seen from outside: whose it is, whether its run has finished. Needs no JAX."""
 
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from etils import epath
 
 from mhc_jax.config import Config, difference, from_json
 from mhc_jax.errors import UserError
-from mhc_jax.files import read_json
+from mhc_jax.files import AnyPath, disk_is_full, read_json
+from mhc_jax.train import steps
+
+WHERE_TABLES_LIE = ("model.engram.tables.placement", "model.engram.tables.hot_rows")
 
 
-def finished(config: Config, folder: Path) -> dict[str, Any] | None:
+def finished(config: Config, folder: AnyPath) -> dict[str, Any] | None:
     """The summary of a finished run of this config in the folder; None where the run has not finished or not begun.
 
     Raises:
@@ -20,7 +26,7 @@ def finished(config: Config, folder: Path) -> dict[str, Any] | None:
     return read_json(path) if path.exists() else None
 
 
-def saved_config(folder: Path) -> Config:
+def saved_config(folder: AnyPath) -> Config:
     """The config of the run in the folder.
 
     Raises:
@@ -34,7 +40,26 @@ def saved_config(folder: Path) -> Config:
 
 
 def check_same_config(saved: Config, wanted: Config, what: str) -> None:
-    """Raises UserError, naming the fields that differ, unless the two configs describe the same run."""
-    if changed := difference(saved, wanted):
+    """Raises UserError, naming the fields that differ, unless the two configs describe the same run.
+
+    Where tables lie is no part of what a run is: it may go on with them elsewhere.
+    """
+    changed = {path: values for path, values in difference(saved, wanted).items() if path not in WHERE_TABLES_LIE}
+    if changed:
         lines = "".join(f"\n  {path}: {there!r} in the folder, {now!r} now" for path, (there, now) in changed.items())
         raise UserError(f"{what} holds a run with another config:{lines}\nGive another --out, or delete the folder.")
+
+
+@contextmanager
+def full_disk_is_told(folder: AnyPath) -> Iterator[None]:
+    """Around what writes into a run folder: where the disk is full, a UserError says which checkpoint is safe and how to go on."""
+    try:
+        yield
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        found = steps.complete(epath.Path(folder) / "checkpoints")
+        safe = f"the last good checkpoint is that of step {found[-1]}" if found else "there is no checkpoint yet"
+        raise UserError(
+            f"disk full (or over quota) while writing to {folder}; {safe}. Free some space and give the same command: it goes on from there"
+        ) from error

@@ -1,15 +1,21 @@
-"""AdamW as the mHC paper sets it (arXiv 2512.24880, Table 5), and which parameters it leaves alone."""
+"""AdamW as the mHC paper sets it (arXiv 2512.24880, Table 5), or Muon for matrices; and which parameters are left alone."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jaxtyping import Array, Float
 
 from mhc_jax.config import OptimizerConfig
-from mhc_jax.nn.decoder import Decoder
-from mhc_jax.nn.module import specs
+from mhc_jax.nn.decoder import Decoder, streams_start_equal
+from mhc_jax.nn.module import Spec, specs
+
+# Of DeepSeek-V4's Muon (arXiv 2606.19348): momentum, and the root mean square that an update is scaled to, like that of AdamW's.
+MUON_BETA = 0.95
+MUON_RMS = 0.18
+MUON_EPS = 1e-20
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -24,13 +30,45 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return schedule
 
 
-def adamw(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Adam on gradients that are already clipped, decoupled weight decay on matrices, the schedule's learning rate."""
+def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Adam on gradients that are already clipped, and decoupled weight decay on matrices: the direction, which the learning rate scales.
+
+    Adam counts the updates that were made. The schedule does not go by that count, but by the step: a skipped update must not shift it.
+    """
     return optax.chain(
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=decays),
-        optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
+
+
+def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """What `optimizer.kind` names: turns clipped gradients into a direction, which the learning rate scales."""
+    if config.kind == "adamw":
+        return adamw(config)
+    of_matrices = optax.contrib.muon(
+        1.0,
+        beta=MUON_BETA,
+        eps=MUON_EPS,
+        weight_decay=config.weight_decay,
+        consistent_rms=MUON_RMS,
+        muon_weight_dimension_numbers=lambda model: jax.tree.map(matrix_axes, specs(model)),
+    )
+    # Muon's function brings the sign of a descent along.
+    parts = {"muon": optax.chain(of_matrices, optax.scale(-1.0)), "adamw": adamw(config)}
+    return optax.partition(parts, lambda model: jax.tree.map(lambda s: "adamw" if matrix_axes(s) is None else "muon", specs(model)))
+
+
+def matrix_axes(spec: Spec) -> optax.contrib.MuonDimensionNumbers | None:
+    """Which axes of a parameter are the rows and the columns of a matrix, one for each layer and expert; None for what AdamW trains.
+
+    AdamW has vectors, embedding and output head, as in DeepSeek-V4's training (arXiv 2606.19348) and Engram's (arXiv 2601.07372, Table 5).
+    """
+    if not spec.decay or "vocab" in spec.axes:
+        return None
+    axes = [i for i, name in enumerate(spec.axes) if name not in ("layers", "experts")]
+    # Two axes, or three where heads stand apart: behind the input [C, heads, d], or, on the way back, before the output [heads, d, C].
+    rows = axes[:-1] if spec.axes[-1] == "embed" else axes[:1]
+    return optax.contrib.MuonDimensionNumbers(reduction_axis=tuple(rows), output_axis=tuple(axes[len(rows) :]))
 
 
 def decays(model: Decoder) -> Any:
@@ -45,6 +83,8 @@ def update_mask(model: Decoder) -> Decoder:
     rounding noise, and Adam with an epsilon of 1e-20 would turn that into full steps (see `Connection.LEARNS_FROM_EQUAL_STREAMS`).
     """
     mask = jax.tree.map(lambda p: jnp.ones((1,) * p.ndim, p.dtype), model)
+    if not streams_start_equal(model.config):
+        return mask
     name = "dense_layers" if model.dense_layers is not None else "moe_layers"
     connection = getattr(model, name).attention_connection
     first = jnp.arange(getattr(model, name).attention_norm.shape[0]) == 0

@@ -17,9 +17,22 @@ from mhc_jax.nn.moe import updated_bias
 from mhc_jax.nn.stability import Stability, stability
 from mhc_jax.parallel.mesh import shardings
 from mhc_jax.parallel.rules import Rules
-from mhc_jax.train.optimizer import adamw, learning_rate, update_mask
+from mhc_jax.tables.gradients import RowGradients
+from mhc_jax.tables.host_device import HostBatch
+from mhc_jax.train.memory import (
+    Memory,
+    gradients_of_rows,
+    gradients_with_host,
+    initial_memory,
+    memory_shardings,
+    on_host,
+    read,
+    read_with_host,
+    updated_memory,
+)
+from mhc_jax.train.optimizer import learning_rate, optimizer, update_mask
 
-Batch = dict[str, Int[Array, "B S"]]
+Batch = dict[str, Int[Array, "B S *more"]]
 
 
 class TrainState(NamedTuple):
@@ -28,7 +41,9 @@ class TrainState(NamedTuple):
     model: Decoder
     optimizer: Any
     router_bias: Float[Array, "L_moe E"]  # state, not a parameter: moved by the load, not by a gradient
-    step: Int[Array, ""]  # optimizer steps taken
+    step: Int[Array, ""]  # optimizer steps taken, skipped ones included
+    skipped_in_row: Int[Array, ""]  # steps up to this one whose update was skipped, without one between them that was not
+    memory: Memory | None = None  # Engram's tables; those in host memory are no part of it, but for their hot rows
 
 
 class StepMetrics(NamedTuple):
@@ -41,13 +56,17 @@ class StepMetrics(NamedTuple):
     learning_rate: Float[Array, ""]
     max_attention_logit: Float[Array, ""]
     expert_load_max: Float[Array, ""]
+    skipped: Float[Array, ""]
+    table_overflow: Int[Array, ""] | None = None  # with Engram only
 
 
 def initial_state(config: Config) -> TrainState:
-    """Parameters from the config's seed, an empty optimizer, biases at zero."""
+    """Parameters from the config's seed, an empty optimizer, biases at zero. Tables in host memory are made elsewhere (host_tables)."""
     model = Decoder(config.model, jax.random.key(config.train.seed))
-    optimizer = adamw(config.optimizer, config.train.steps).init(model)
-    return TrainState(model, optimizer, initial_router_bias(config.model), jnp.zeros((), jnp.int32))
+    moments = optimizer(config.optimizer).init(model)
+    zero = jnp.zeros((), jnp.int32)
+    tables = None if on_host(config) else initial_memory(config)
+    return TrainState(model, moments, initial_router_bias(config.model), zero, zero, tables)
 
 
 def placed_initial_state(config: Config, mesh: Mesh, rules: Rules) -> TrainState:
@@ -62,91 +81,151 @@ def state_shardings(config: Config, mesh: Mesh, rules: Rules) -> Any:
     shape = jax.eval_shape(lambda: initial_state(config))
     whole = NamedSharding(mesh, PartitionSpec())
     of_model = shardings(mesh, rules, specs(shape.model))
-    of_optimizer = optax.tree_utils.tree_map_params(
-        adamw(config.optimizer, config.train.steps),
-        lambda _, sharding: sharding,
-        shape.optimizer,
-        of_model,
-        transform_non_params=lambda _: whole,
-    )
-    return TrainState._make((of_model, of_optimizer, whole, whole))
+    by_path = dict(jax.tree_util.tree_leaves_with_path(of_model))
+
+    def like_parameters(part: Any) -> Any:
+        """Moments have the paths of their parameters; an optimizer of some parameters has moments for those alone."""
+        return jax.tree_util.tree_map_with_path(lambda path, _: by_path[path], part) if isinstance(part, Decoder) else whole
+
+    of_optimizer = jax.tree.map(like_parameters, shape.optimizer, is_leaf=lambda part: isinstance(part, Decoder))
+    of_tables = None if on_host(config) else memory_shardings(config, mesh, rules)
+    return TrainState._make((of_model, of_optimizer, whole, whole, whole, of_tables))
 
 
 def gradients(
-    state: TrainState, batch: Batch, config: Config, rules: Rules
-) -> tuple[Decoder, Float[Array, ""], Float[Array, ""], Float[Array, ""], Int[Array, "L_moe E"]]:
+    state: TrainState, batch: Batch, config: Config, rules: Rules, memory: tuple[Array, ...] = ()
+) -> tuple[tuple[Decoder, tuple[Array, ...]], Float[Array, ""], Float[Array, ""], Float[Array, ""], Int[Array, "L_moe E"]]:
     """Gradients of the mean loss over the batch, and its loss, balance loss, largest attention logit and expert load.
 
+    The gradients are those of the network and of `memory`, what the batch read from tables: each token's own, not summed over rows.
     Microbatches are weighted by their numbers of targets, so that any number of them gives the gradients of the whole batch.
     """
     parts = config.train.microbatches
     targets = jnp.maximum((batch["targets"] >= 0).sum(), 1)
 
-    def objective(model: Decoder, part: Batch):
-        total, _, aux = batch_loss(model, part, state.router_bias, rules=rules)
+    def objective(learnt: tuple[Decoder, tuple[Array, ...]], part: Batch):
+        model, memory = learnt
+        total, _, aux = batch_loss(model, part, state.router_bias, memory=memory, rules=rules)
         loss, balance = total / targets, aux.balance_loss / parts
         return loss + balance, (loss, balance, aux.max_attention_logit.max(), aux.expert_load)
 
     differentiate = jax.grad(objective, has_aux=True)
     if parts == 1:
-        grads, aux = differentiate(state.model, batch)
+        grads, aux = differentiate((state.model, memory), batch)
         return grads, *aux
 
     # Microbatch m takes every parts-th sequence: the batch axis, which devices share, stays in one piece.
-    split = {name: x.reshape(-1, parts, x.shape[-1]).swapaxes(0, 1) for name, x in batch.items()}
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), (batch, memory))
 
     def accumulate(carry, part):
-        sums, largest = carry
-        grads, (loss, balance, logit, load) = differentiate(state.model, part)
-        return (jax.tree.map(jnp.add, sums, (grads, loss, balance, load)), jnp.maximum(largest, logit)), None
+        (sums, largest), (part, memory) = carry, part
+        (grads, of_memory), (loss, balance, logit, load) = differentiate((state.model, memory), part)
+        return (jax.tree.map(jnp.add, sums, (grads, loss, balance, load)), jnp.maximum(largest, logit)), of_memory
 
     zeros = (jax.tree.map(jnp.zeros_like, state.model), jnp.zeros(()), jnp.zeros(()), jnp.zeros(state.router_bias.shape, jnp.int32))
-    ((grads, loss, balance, load), largest), _ = jax.lax.scan(accumulate, (zeros, jnp.array(-jnp.inf)), split)
-    return grads, loss, balance, largest, load
+    ((grads, loss, balance, load), largest), of_memory = jax.lax.scan(accumulate, (zeros, jnp.array(-jnp.inf)), split)
+    of_memory = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), of_memory)
+    return (grads, of_memory), loss, balance, largest, load
 
 
 def train_step(state: TrainState, batch: Batch, *, config: Config, rules: Rules) -> tuple[TrainState, StepMetrics]:
-    """One optimizer step on one batch."""
-    grads, loss, balance, largest, load = gradients(state, batch, config, rules)
+    """One optimizer step on one batch.
+
+    Where the loss or the gradient norm is not finite, nothing but the step count moves: model, optimizer, router bias and tables stay as
+    they are. The gradient norm that is clipped is that of network and tables together.
+    """
+    new, metrics, _ = _stepped(state, batch, None, config, rules)
+    return new, metrics
+
+
+def train_step_with_host(
+    state: TrainState, batch: Batch, host: tuple[HostBatch, ...], *, config: Config, rules: Rules
+) -> tuple[TrainState, StepMetrics, tuple[RowGradients, ...]]:
+    """The same with tables in host memory: `host` holds what each layer reads, in the place of the batch's `engram_rows`.
+
+    The gradients are those of the rows in `host`, clipped; where the step was skipped, nothing may be done with them.
+    """
+    return _stepped(state, batch, host, config, rules)
+
+
+def _stepped(
+    state: TrainState, batch: Batch, host: tuple[HostBatch, ...] | None, config: Config, rules: Rules
+) -> tuple[TrainState, StepMetrics, tuple[RowGradients, ...]]:
+    rows = batch.get("engram_rows")
+    of_rows: tuple[RowGradients, ...] = ()  # for the optimizer of the tables on the devices
+    of_host: tuple[RowGradients, ...] = ()
+    memory, overflow = read(state.memory, rows, config, rules) if host is None else read_with_host(state.memory, host, config, rules)
+    (grads, of_memory), loss, balance, largest, load = gradients(state, batch, config, rules, memory)
     grads = jax.tree.map(jnp.multiply, grads, update_mask(state.model))
-    norm = optax.tree.norm(grads)
+    if host is not None:
+        of_rows, of_host = gradients_with_host(host, of_memory, config, rules)
+    elif rows is not None:
+        of_rows = gradients_of_rows(rows, of_memory, config, rules)
+    norm = optax.tree.norm((grads, [g.values for g in (*of_rows, *of_host)]))
     limit = config.optimizer.clip_norm
-    grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, limit / jnp.maximum(norm, limit)), grads)
-    updates, optimizer = adamw(config.optimizer, config.train.steps).update(grads, state.optimizer, state.model)
-    new = TrainState(
-        model=optax.apply_updates(state.model, updates),
-        optimizer=optimizer,
-        router_bias=updated_bias(state.router_bias, load, config.model.moe.bias_rate),
-        step=state.step + 1,
-    )
+    scale = jnp.minimum(1.0, limit / jnp.maximum(norm, limit))
+    rate = learning_rate(config.optimizer, config.train.steps)(state.step)
+
+    def updated(model: Decoder, moments: Any, router_bias: Array, memory: Memory | None) -> tuple[Decoder, Any, Array, Memory | None]:
+        clipped = jax.tree.map(lambda g: g * scale, grads)
+        directions, moments = optimizer(config.optimizer).update(clipped, moments, model)
+        model = jax.tree.map(lambda p, d: p - rate * d, model, directions)
+        if memory is not None:
+            memory = updated_memory(memory, of_rows, rate, scale, config, rules)
+        return model, moments, updated_bias(router_bias, load, config.model.moe.bias_rate), memory
+
+    # The whole update stands in the branch, where XLA does it in place. Choosing afterwards between the old and the new state, by a branch
+    # or for each element, needs both: a second copy of the state, by the compiler's count.
+    good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    moved = (state.model, state.optimizer, state.router_bias, state.memory)
+    model, moments, router_bias, tables = jax.lax.cond(good, updated, lambda *old: old, *moved)
+    new = TrainState(model, moments, router_bias, state.step + 1, jnp.where(good, 0, state.skipped_in_row + 1), tables)
     mean_load = jnp.maximum(load.mean(axis=-1, keepdims=True), 1.0)
     metrics = StepMetrics(
         loss=loss,
         balance_loss=balance,
         grad_norm=norm,
         clipped=(norm > limit).astype(jnp.float32),
-        learning_rate=learning_rate(config.optimizer, config.train.steps)(state.step),
+        learning_rate=rate,
         max_attention_logit=largest,
         expert_load_max=(load / mean_load).max(initial=0.0),
+        skipped=1.0 - good,
+        table_overflow=None if config.model.engram is None else overflow,
     )
-    return new, metrics
+    return new, metrics, tuple(own._replace(values=scale * own.values) for own in of_host)
 
 
-def eval_step(model: Decoder, router_bias: Array, batch: Batch, *, rules: Rules) -> tuple[Array, Array, Stability]:
-    """Summed loss in nats and number of targets of a held-out batch, and the stability measures of its first sequence."""
-    total, count, aux = batch_loss(model, batch, router_bias, rules=rules, trace=True)
+def eval_step(
+    model: Decoder,
+    router_bias: Array,
+    memory: Memory | None,
+    batch: Batch,
+    host: tuple[HostBatch, ...] | None = None,
+    *,
+    config: Config,
+    rules: Rules,
+) -> tuple[Array, Array, Stability]:
+    """Summed loss in nats and number of targets of a held-out batch, and the stability measures of its first sequence.
+
+    `host` is as in `train_step_with_host`.
+    """
+    values, _ = read(memory, batch.get("engram_rows"), config, rules) if host is None else read_with_host(memory, host, config, rules)
+    total, count, aux = batch_loss(model, batch, router_bias, memory=values, rules=rules, trace=True)
     return total, count, stability(aux)
 
 
-def compile_train_step(config: Config, rules: Rules, state: TrainState, batch: Any) -> tuple[Callable[..., Any], int | None]:
+def compile_train_step(
+    config: Config, rules: Rules, state: TrainState, batch: Any, host: tuple[Any, ...] | None = None
+) -> tuple[Callable[..., Any], int | None]:
     """The compiled step, which takes over the memory of the state it is given; and its peak memory in bytes on one device.
 
-    The batch may be arrays or their shapes.
+    The batch may be arrays or their shapes. With `host`, what came from host memory, the step is `train_step_with_host`.
 
     The peak is the compiler's: arguments, results and temporaries, shared memory counted once; None where it does not tell.
     """
-    step = jax.jit(partial(train_step, config=config, rules=rules), donate_argnums=0)
-    compiled = step.lower(state, batch).compile()
+    function, arguments = (train_step, (state, batch)) if host is None else (train_step_with_host, (state, batch, host))
+    step = jax.jit(partial(function, config=config, rules=rules), donate_argnums=0)
+    compiled = step.lower(*arguments).compile()
     memory = compiled.memory_analysis()
     if memory is None:
         return compiled, None

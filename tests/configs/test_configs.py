@@ -10,6 +10,7 @@ from small import BASE, KINDS, small
 
 from mhc_jax.config import difference, fields, from_json, override, to_json, to_text
 from mhc_jax.configs import CONFIGS, get
+from mhc_jax.engram_config import EngramConfig
 from mhc_jax.errors import UserError
 from mhc_jax.nn.count import count_parameters
 
@@ -53,6 +54,20 @@ def test_sizes_are_those_of_the_papers_table_5(name, total, active):
     assert count.active == pytest.approx(active, rel=3e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "total", "tables"),
+    [("engram_27b", 26.7e9, 5.79e9), ("engram_40b", 39.5e9, 18.53e9), ("engram_moe_27b", 26.7e9, 0), ("engram_dense_4b", 4.1e9, 0)],
+)
+def test_sizes_are_those_of_engrams_table_5(name, total, tables):
+    """Which counts the vocabulary once."""
+    model = get(name).model
+    count = count_parameters(model)
+    assert count.total - model.vocab_size * model.dim == pytest.approx(total, rel=3e-3)
+    assert count.table == pytest.approx(tables, rel=1e-3)
+    assert count.active - model.vocab_size * model.dim == pytest.approx(3.8e9, rel=1.1e-2)
+    assert get(name).tokens_per_step * get(name).train.steps == pytest.approx(262e9, rel=3e-3)
+
+
 @pytest.mark.parametrize(("name", "tokens"), [("3b", 39.3e9), ("9b", 105e9), ("27b", 262e9), ("3b_1t", 1.05e12)])
 def test_tokens_are_those_of_the_papers_table_5(name, tokens):
     config = get(name)
@@ -90,6 +105,18 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "negative decay": ({"optimizer.weight_decay": -0.1}, ["optimizer.weight_decay is -0.1", "zero or"]),
     "beta of one": ({"optimizer.beta2": 1.0}, ["optimizer.beta2 is 1.0", "[0, 1)"]),
     "all held out": ({"data.heldout_share": 1.0}, ["data.heldout_share is 1.0"]),
+    "no source": ({"data.source": ()}, ["data.source is empty", "stdlib"]),
+    "an empty source": ({"data.source": ("a", "")}, ["data.source is empty"]),
+    "a source twice": ({"data.source": ("a", "b", "a")}, ["data.source names a source twice (a, b, a)"]),
+    "too few weights": ({"data.source": ("a", "b"), "data.weights": (1.0,)}, ["data.weights has 1 weights", "data.source has 2 sources"]),
+    "a weight of zero": ({"data.source": ("a", "b"), "data.weights": (1.0, 0.0)}, ["data.weights holds 0.0"]),
+    "an infinite weight": ({"data.source": ("a", "b"), "data.weights": (1.0, float("inf"))}, ["data.weights holds a value that is inf"]),
+    "a weight that is no number": (
+        {"data.source": ("a", "b"), "data.weights": (1.0, float("nan"))},
+        ["data.weights holds a value that is not a number"],
+    ),
+    "no text field": ({"data.text_field": ""}, ["data.text_field is empty"]),
+    "negative bad records": ({"data.max_bad_records": -1}, ["data.max_bad_records is -1"]),
     "falling decay points": ({"optimizer.decay_points": (0.9, 0.8)}, ["optimizer.decay_points is (0.9, 0.8)"]),
     "too many dense layers": ({"model.dense_layers": 4}, ["model.dense_layers is 4", "model.num_layers = 3"]),
     "odd rotary dimension": ({"model.attention.rope_dim": 5}, ["is 2", "model.attention.rope_dim = 5"]),
@@ -123,6 +150,45 @@ def test_a_mistake_is_refused_with_the_field_and_the_numbers(what):
 def test_json_holds_all_of_a_config(name):
     config = get(name)
     assert from_json(to_json(config)) == config
+
+
+def test_a_group_that_may_be_missing_is_kept_compared_and_changed():
+    engram = EngramConfig(layers=(1,), table_sizes=(100, 200))
+    with_it = override(BASE, {"model.engram": engram})
+    assert from_json(to_json(with_it)) == with_it
+    assert difference(with_it, override(with_it, {"model.engram.heads": 4})) == {"model.engram.heads": (8, 4)}
+    for a, b in ((BASE, with_it), (with_it, BASE)):
+        changed = difference(a, b)
+        assert changed["model.engram.layers"] == ((1,), None)[:: 1 if a is with_it else -1]
+        assert all(path.startswith("model.engram.") for path in changed)
+    assert override(with_it, {"model.engram": None}) == BASE
+    with pytest.raises(UserError, match=r"heads: there are no fields below None; a group that is None must be given as a whole"):
+        override(BASE, {"model.engram.heads": 4})
+
+
+ENGRAM_BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no layers": ({"layers": ()}, "model.engram.layers is ()"),
+    "falling layers": ({"layers": (2, 1)}, "model.engram.layers is (2, 1); it must hold one or more rising numbers"),
+    "a layer twice": ({"layers": (1, 1)}, "model.engram.layers is (1, 1)"),
+    "a layer too many": ({"layers": (3,)}, "model.engram.layers is (3,), but the model's layers are 0 to 2"),
+    "layer 0 of layers from 1": ({"layers": (0, 1), "layer_base": 1}, "the model's layers are 1 to 3"),
+    "layers from 2": ({"layer_base": 2}, "model.engram.layer_base is 2"),
+    "unigrams": ({"orders": (1, 2)}, "model.engram.orders is (1, 2); 2 to 8"),
+    "no heads": ({"heads": 0}, "model.engram.heads is 0"),
+    "one size for two orders": ({"table_sizes": (100,)}, "model.engram.table_sizes has 1 sizes, but model.engram.orders has 2"),
+    "tables of one row": ({"table_sizes": (1, 100)}, "model.engram.table_sizes is (1, 100); every size must be at least 3"),
+    "more rows than int32 numbers": ({"table_sizes": (2**28, 2**28)}, "ask for 4294967296 rows a layer"),
+    "a negative seed": ({"seed": -1}, "model.engram.seed is -1"),
+    "padding outside the vocabulary": ({"pad_id": 48}, "model.engram.pad_id is 48; it must be a token id, 0 to 47"),
+}
+
+
+@pytest.mark.parametrize("what", ENGRAM_BAD)
+def test_a_mistake_in_engram_is_refused(what):
+    changes, message = ENGRAM_BAD[what]
+    engram = EngramConfig(**{"layers": (1,), "table_sizes": (100, 200), **changes})
+    with pytest.raises(UserError, match=re.escape(message)):
+        override(BASE, {"model.engram": engram})
 
 
 def test_a_saved_config_of_another_version_is_refused_and_the_odd_fields_are_named():

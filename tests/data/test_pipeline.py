@@ -12,7 +12,7 @@ from small_corpus import VOCAB, data_config, write_corpus
 from mhc_jax.data.batch import IGNORED, Batch
 from mhc_jax.data.pipeline import heldout_batches, training_batches
 from mhc_jax.data.prepare import prepare
-from mhc_jax.data.prepared import Prepared
+from mhc_jax.data.prepared import Prepared, PreparedSource
 from mhc_jax.errors import UserError
 
 SEQ_LEN, BATCH = 32, 4
@@ -20,9 +20,13 @@ SEQ_LEN, BATCH = 32, 4
 Document = tuple[int, ...]
 
 
-def records(path: Path, prepared: Prepared) -> list[Document]:
-    source = ArrayRecordDataSource(str(path))
-    return [tuple(np.frombuffer(source[i], prepared.token_dtype).tolist()) for i in range(len(source))]
+def records(split: str, *sources: PreparedSource) -> list[Document]:
+    """The documents of the training or held-out split, "train" or "heldout"."""
+    found = []
+    for prepared in sources:
+        source = ArrayRecordDataSource(str(prepared.folder / f"{split}.array_record"))
+        found += [tuple(np.frombuffer(source[i], prepared.token_dtype).tolist()) for i in range(len(source))]
+    return found
 
 
 def unpack(batches: list[Batch], prepared: Prepared) -> list[Document]:
@@ -44,12 +48,12 @@ def same(ours: list[Batch], theirs: list[Batch]) -> bool:
 @pytest.mark.parametrize("seq_len", [1, 7, SEQ_LEN, 500])
 def test_an_epoch_holds_every_training_document_once(prepared: Prepared, seq_len: int):
     batches = list(training_batches(prepared, seq_len=seq_len, batch_size=BATCH, seed=0, repeat=False))
-    assert sorted(unpack(batches, prepared)) == sorted(records(prepared.train_records, prepared))
+    assert sorted(unpack(batches, prepared)) == sorted(records("train", *prepared.sources))
     assert sum(int((batch["targets"] != IGNORED).sum()) for batch in batches) == prepared.train_pairs
 
 
 def test_heldout_text_is_never_trained_on(prepared: Prepared):
-    heldout = set(records(prepared.heldout_records, prepared))
+    heldout = set(records("heldout", *prepared.sources))
     batches = take(training_batches(prepared, seq_len=SEQ_LEN, batch_size=BATCH, seed=0), 200)
     assert heldout
     assert heldout.isdisjoint(unpack(batches, prepared))
@@ -120,7 +124,7 @@ def test_processes_share_the_documents_out(prepared: Prepared):
 
     shares = [share(index) for index in range(3)]
     assert all(shares)
-    assert sorted(itertools.chain(*shares)) == sorted(records(prepared.train_records, prepared))
+    assert sorted(itertools.chain(*shares)) == sorted(records("train", *prepared.sources))
 
 
 @pytest.mark.parametrize("seq_len", [1, SEQ_LEN, 500])
@@ -171,7 +175,7 @@ def test_heldout_rows_are_full_fixed_and_spread(prepared: Prepared):
     available = prepared.heldout_pairs // SEQ_LEN
     (everything,) = heldout_batches(prepared, seq_len=SEQ_LEN, sequences=available, batch_size=available)
     packed = unpack([everything], prepared)
-    assert packed == records(prepared.heldout_records, prepared)[: len(packed)]
+    assert packed == records("heldout", *prepared.sources)[: len(packed)]
     assert IGNORED not in everything["targets"]
 
     batches = heldout_batches(prepared, seq_len=SEQ_LEN, sequences=6, batch_size=2)
@@ -183,7 +187,9 @@ def test_heldout_rows_are_full_fixed_and_spread(prepared: Prepared):
 
 def test_heldout_text_too_short(prepared: Prepared):
     available = prepared.heldout_pairs // SEQ_LEN
-    with pytest.raises(UserError, match=rf"has {available} sequences of {SEQ_LEN} tokens, but train\.eval_sequences is {available + 1}"):
+    with pytest.raises(
+        UserError, match=rf"has {available} sequences of {SEQ_LEN} tokens, but train\.eval_sequences asks for {available + 1}"
+    ):
         heldout_batches(prepared, seq_len=SEQ_LEN, sequences=available + 1, batch_size=1)
 
 

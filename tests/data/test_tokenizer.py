@@ -101,3 +101,39 @@ def test_file_that_is_no_tokenizer(tmp_path: Path, content: bytes):
     (tmp_path / "t.json").write_bytes(content)
     with pytest.raises(UserError, match=r"t\.json is not a tokenizer"):
         load_tokenizer(tmp_path / "t.json", vocab_size=300)
+
+
+def changed(path: Path, **model) -> Path:
+    """A trained tokenizer's file with fields of its model changed."""
+    data = json.loads(train_tokenizer(TEXTS, 280).json)
+    data["model"].update(model)
+    path.write_text(json.dumps(data))
+    return path
+
+
+def test_a_file_at_which_the_library_panics(tmp_path: Path):
+    with pytest.raises(UserError, match=r"t\.json is not a tokenizer"):
+        load_tokenizer(changed(tmp_path / "t.json", continuing_subword_prefix="##########"), vocab_size=280)
+
+
+def test_one_id_for_two_tokens(tmp_path: Path):
+    vocab = json.loads(train_tokenizer(TEXTS, 280).json)["model"]["vocab"]
+    with pytest.raises(UserError, match="gives one id to several tokens"):
+        load_tokenizer(changed(tmp_path / "t.json", vocab={**vocab, "a": vocab["b"]}), vocab_size=280)
+
+
+def test_random_merges_are_turned_off(tmp_path: Path):
+    loaded = load_tokenizer(changed(tmp_path / "t.json", dropout=0.9), vocab_size=280)
+    for ours, theirs in zip(loaded.encode(TEXTS), train_tokenizer(TEXTS, 280).encode(TEXTS)):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_text_that_a_given_tokenizer_cannot_encode(tmp_path: Path):
+    Tokenizer(models.WordLevel({"</s>": 0}, unk_token="missing")).save(str(tmp_path / "t.json"))
+    with pytest.raises(UserError, match="cannot encode this text"):
+        load_tokenizer(tmp_path / "t.json", vocab_size=3).encode(["word"])
+
+
+def test_a_vocabulary_beyond_any_use():
+    with pytest.raises(UserError, match=r"model\.vocab_size is 1000000000; .* at most"):
+        train_tokenizer(TEXTS, 10**9)

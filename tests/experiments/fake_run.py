@@ -108,6 +108,7 @@ def stability_arrays(config: Config, *, progress: float, rng: np.random.Generato
         "logit_std": logit_std,
         "res": res,
         "res_composite": forward_products,
+        "res_composite_rest": backward_products,
         "pre": rng.random((sublayers, n)),
         "post": 2 * rng.random((sublayers, n)),
         "stream_norm": growth,
@@ -136,6 +137,7 @@ def _train_row(config: Config, step: int, offset: float, rng: np.random.Generato
         "learning_rate": config.optimizer.learning_rate,
         "max_attention_logit": 6.0,
         "expert_load_max": 1.3,
+        "skipped": 0.0,
         "tokens": step * config.tokens_per_step,
         "seconds": STEP_SECONDS[config.model.residual],
     }
@@ -183,6 +185,8 @@ def _summary(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "grad_norm": float(np.mean([row["grad_norm"] for row in steps[-max(1, len(steps) // 10) :]])),
         "clip_rate": float(np.mean([row["clipped"] for row in steps])),
         "loss_spikes": 0,
+        "skipped_steps": 0,
+        "rollbacks": 0,
         "data": {
             "fingerprint": "0123456789abcdef",
             "source": "stdlib",

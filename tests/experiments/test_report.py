@@ -10,11 +10,15 @@ from mhc_jax.config import override
 from mhc_jax.experiments.ablation import ablation
 from mhc_jax.experiments.document import Block, Code, Heading, Items, Paragraph, Table, to_html, to_markdown
 from mhc_jax.experiments.figures import FIGURES, render
+from mhc_jax.experiments.findings import findings
 from mhc_jax.experiments.report import write_report
 from mhc_jax.experiments.results import load_results
 from mhc_jax.experiments.runs import Run, RunList, save_runs
 
 EXTERNAL = re.compile(r"""(src|href)\s*=\s*(?!"data:)|url\(|<script|@import|<link""")
+
+
+ABLATION = [spec for spec in FIGURES if spec.stem not in ("allocation", "gates")]  # figures of a complete ablation
 
 
 def quiet(line):
@@ -68,15 +72,23 @@ def test_a_complete_report_holds_everything(complete):
         assert text in html, text
         assert text in markdown, text
     assert "One seed" not in html and "partial" not in html
+    assert "skipped" not in markdown and "roll-back" not in markdown
 
 
 def test_a_complete_report_draws_every_figure(complete):
     markdown = (complete / "report.md").read_text()
-    for spec in FIGURES:
+    for spec in ABLATION:
         assert (complete / "figures" / f"{spec.stem}.png").read_bytes().startswith(b"\x89PNG")
         assert f"](figures/{spec.stem}.png)" in markdown
         assert spec.reading in markdown
-    assert (complete / "report.html").read_text().count("data:image/png;base64,") == len(FIGURES)
+    assert (complete / "report.html").read_text().count("data:image/png;base64,") == len(ABLATION)
+
+
+def test_steps_that_were_skipped_and_roll_backs_are_told(tmp_path):
+    runs = ablation(tiny_config(), kinds=("residual", "mhc"))
+    write_list(tmp_path, runs, change={"mhc-seed0": {"skipped_steps": 3, "rollbacks": 1}})
+    text = " ".join(findings(load_results(tmp_path)))
+    assert "changed nothing: `mhc-seed0` (3)." in text and "left data out: `mhc-seed0` (1)." in text
 
 
 def test_the_html_needs_nothing_but_itself(complete):
@@ -110,7 +122,11 @@ def test_a_half_finished_run_is_listed_and_nothing_is_said_of_it(tmp_path, monke
 
 def test_one_seed_and_a_loss_to_the_baseline_are_said_plainly(tmp_path, monkeypatch):
     monkeypatch.setattr("mhc_jax.experiments.report.FIGURES", ())
-    change = {"residual-seed0": {"loss": 3.9}, "mhc-seed0": {"loss": 3.95}, "hc-seed0": {"loss": 6.0, "loss_spikes": 2}}
+    change = {
+        "residual-seed0": {"loss": 3.9},
+        "mhc-seed0": {"loss": 3.95},
+        "hc-seed0": {"loss": 6.0, "loss_spikes": 2, "skipped_steps": 7, "rollbacks": 1},
+    }
     write_list(tmp_path, ablation(tiny_config(), kinds=("residual", "hc", "mhc")), change=change)
     write_report(tmp_path, quiet)
     markdown = (tmp_path / "report.md").read_text()
@@ -119,6 +135,9 @@ def test_one_seed_and_a_loss_to_the_baseline_are_said_plainly(tmp_path, monkeypa
     assert "`mhc` ends 0.0500 nats above `residual`: here it loses to `residual`" in markdown
     assert "| mhc | 1 | 3.9500 | +0.0500 (one seed) |" in markdown
     assert "Loss spikes: `hc-seed0` (2)." in markdown
+    assert "changed nothing: `hc-seed0` (7)." in markdown
+    assert "left data out: `hc-seed0` (1)." in markdown
+    assert "| skipped steps a run | roll-backs a run |" in markdown
     assert "`hc` did not get below the unigram entropy" in markdown
     assert "The composite gain of `mhc` stayed at or below 1.00 forward" in markdown
 
@@ -158,14 +177,22 @@ def test_figures_of_a_diverged_run_can_be_drawn(tmp_path):
     broken = [row | dict.fromkeys(("loss", "grad_norm", "gain_forward") & row.keys()) if row["step"] > 15 else row for row in rows]
     metrics.write_text("".join(json.dumps(row) + "\n" for row in broken))
     results = load_results(tmp_path)
-    for spec in FIGURES[:4]:
+    for spec in FIGURES[:5]:
         assert render(spec, results).startswith(b"\x89PNG")
 
 
 def test_a_list_of_plain_residuals_draws_no_stream_figures(tmp_path):
     write_list(tmp_path, ablation(tiny_config(), kinds=("residual",)))
     results = load_results(tmp_path)
-    assert [spec.stem for spec in FIGURES if spec.applies(results)] == ["loss", "gradient_norm", "gain_over_depth", "gain_over_time"]
+    stems = [spec.stem for spec in FIGURES if spec.applies(results)]
+    assert stems == ["loss", "gradient_norm", "attention_logit", "gain_over_depth", "gain_over_time"]
+
+
+def test_bounded_variants_have_their_own_figure_only_beside_one_that_is_not(complete, tmp_path):
+    stems = [spec.stem for spec in FIGURES if spec.applies(load_results(complete))]
+    assert "bounded_gain" in stems
+    write_list(tmp_path, ablation(tiny_config(), kinds=("mhc", "identity_hc")))
+    assert "bounded_gain" not in [spec.stem for spec in FIGURES if spec.applies(load_results(tmp_path))]
 
 
 def test_renderings_escape_what_they_are_given():

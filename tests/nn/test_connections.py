@@ -1,4 +1,4 @@
-"""Hyper-Connections and mHC against their oracles: coefficients, read, write, a whole sublayer, gradients, symmetries."""
+"""Hyper-Connections and mHC against their oracles: coefficients, a whole sublayer, gradients, symmetries."""
 
 from typing import Any
 
@@ -10,7 +10,8 @@ from oracles import hc, mhc
 from small import MANY, directional, relative, shaken, small, widened
 
 from mhc_jax.nn.decoder import CONNECTIONS
-from mhc_jax.nn.residual.streams import collapse, expand, read, write
+from mhc_jax.nn.residual.streams import Coefficients, Pending, collapse, expand, unpack, unwritten
+from mhc_jax.parallel.rules import Rules
 
 B, S, C = 2, 3, 6
 
@@ -54,10 +55,16 @@ def as_oracle(c: Any) -> tuple[np.ndarray, ...]:
     return np.asarray(c.pre).T, np.asarray(c.post).T, res.transpose(2, 0, 1)
 
 
+def read(part, x) -> tuple[Any, Coefficients]:
+    """A sublayer's input, and its mappings."""
+    _, u, h = part.seam(unwritten(x, part.mapping), Rules())
+    return u, unpack(h, part.mapping)
+
+
 def apply(part, x, f):
     """One whole sublayer of the library."""
-    c = part.coefficients(x)
-    return write(x, f(read(x, c)), c)
+    x, u, h = part.seam(unwritten(x, part.mapping), Rules())
+    return part.written(Pending(x, f(u), h), Rules())
 
 
 @pytest.mark.parametrize("n", [1, 3, 4, 8])
@@ -65,7 +72,7 @@ def apply(part, x, f):
 def test_coefficients_and_sublayer_equal_the_oracle(float64, kind, n):
     part, x, mix = shaken(widened(connection(kind, n))), random(B, S, n * C, seed=1), random(C, C, seed=2)
     pre, post, res = expected(part, x.reshape(-1, n, C))
-    for got, wanted in zip(as_oracle(part.coefficients(jnp.asarray(x))), (pre, post, res)):
+    for got, wanted in zip(as_oracle(read(part, jnp.asarray(x))[1]), (pre, post, res)):
         assert relative(got, wanted) < 1e-12
     whole = [mhc.sublayer(v, lambda u: np.tanh(u @ mix), *c) for v, *c in zip(x.reshape(-1, n, C), pre, post, res)]
     got = apply(part, jnp.asarray(x), lambda u: jnp.tanh(u @ jnp.asarray(mix)))
@@ -75,7 +82,7 @@ def test_coefficients_and_sublayer_equal_the_oracle(float64, kind, n):
 @pytest.mark.parametrize("kind", MANY)
 def test_coefficients_equal_the_oracle_in_float32(kind):
     part, x = shaken(connection(kind)), random(B, S, 4 * C, seed=1).astype(np.float32)
-    for got, wanted in zip(as_oracle(part.coefficients(jnp.asarray(x))), expected(part, x.reshape(-1, 4, C).astype(np.float64))):
+    for got, wanted in zip(as_oracle(read(part, jnp.asarray(x))[1]), expected(part, x.reshape(-1, 4, C).astype(np.float64))):
         assert relative(got, wanted) < 1e-5
 
 
@@ -101,7 +108,7 @@ def test_one_stream_with_zero_post_logits_is_the_plain_residual():
     """n = 1: H_res is exactly 1 and 2 sigmoid(0) is 1; the norm of the sublayer removes what pre scales."""
     x, mix = jnp.asarray(random(B, S, C), jnp.float32), jnp.asarray(random(C, C, seed=2), jnp.float32)
     part = connection("mhc", n=1)
-    c = part.coefficients(x)
+    c = read(part, x)[1]
     assert np.all(np.asarray(c.res) == 1)
     assert np.all(np.asarray(c.post) == 1)
 
@@ -123,9 +130,22 @@ def test_equal_streams_are_read_and_written_as_one(kind):
     x, y = jnp.asarray(random(B, S, C), jnp.float32), jnp.asarray(random(B, S, C, seed=1), jnp.float32)
     part = connection(kind, sublayer=3)
     streams = expand(x, 4)
-    c = part.coefficients(streams)
-    assert relative(read(streams, c), x) < 1e-6
-    assert relative(write(streams, y, c), expand(x + y, 4)) < 1e-6
+    assert relative(read(part, streams)[0], x) < 1e-6
+    assert relative(apply(part, streams, lambda u: y), expand(x + y, 4)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", MANY)
+def test_a_seam_is_a_write_and_then_a_read(kind):
+    """Of two sublayers, the second reads what the first wrote."""
+    first, second = shaken(connection(kind)), shaken(connection(kind, sublayer=2))
+    x, y = jnp.asarray(random(B, S, 4 * C), jnp.float32), jnp.asarray(random(B, S, C, seed=1), jnp.float32)
+    x, _, h = first.seam(unwritten(x, first.mapping), Rules())
+    pending = Pending(x, y, h)
+    written = first.written(pending, Rules())
+    between, u, h_next = second.seam(pending, Rules())
+    again, u_again, h_again = second.seam(unwritten(written, second.mapping), Rules())
+    for got, wanted in ((between, written), (between, again), (u, u_again), (h_next, h_again)):
+        assert relative(got, wanted) < 1e-6
 
 
 def test_collapse_is_the_weighted_sum():
@@ -155,11 +175,11 @@ def test_mhc_does_not_care_how_streams_are_numbered(float64, order):
 @pytest.mark.parametrize("kind", MANY)
 def test_coefficients_stay_float32_for_bfloat16_streams(kind):
     part, x = shaken(connection(kind)), jnp.asarray(random(B, S, 4 * C), jnp.bfloat16)
-    c = part.coefficients(x)
+    u, c = read(part, x)
     for mapping in c:
         assert mapping is None or mapping.dtype == jnp.float32
-    assert read(x, c).dtype == jnp.bfloat16
-    assert write(x, read(x, c), c).dtype == jnp.bfloat16
+    assert u.dtype == jnp.bfloat16
+    assert apply(part, x, lambda u: u).dtype == jnp.bfloat16
     if kind == "mhc":  # 2.9e-3 where another implementation computed coefficients in bfloat16
         assert np.abs(np.asarray(c.res).sum(axis=1) - 1).max() < 1e-6
 

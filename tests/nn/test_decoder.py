@@ -9,6 +9,7 @@ import optax
 import pytest
 from small import KINDS, MANY, make, make_batch, only, relative, shaken, small, temporary_bytes, tree_relative
 
+from mhc_jax.nn import remat
 from mhc_jax.nn.decoder import batch_loss, hidden_states, initial_router_bias, learnable_mappings, logits
 from mhc_jax.nn.module import named_parameters
 from mhc_jax.nn.residual.socket import Connection
@@ -144,24 +145,68 @@ def test_a_gradient_never_comes_from_a_later_token_or_another_document(kind):
 
 
 @cache
-def differentiated(policy: str):
-    """Loss, leaves of the gradients and temporary memory under a policy."""
+def differentiated(policy: str, unrolled: bool = True):
+    """Loss, leaves of the gradients and temporary memory under a policy, with the layers unrolled or in a loop."""
     config = small(remat=policy, dense_layers=0)
-    model, batch = shaken(make(small(dense_layers=0))), make_batch(config, sequences=4)
+    model, batch = shaken(make(small(dense_layers=0))), make_batch(config, sequences=4, length=64)  # long enough for the streams to count
     model.config = config
     f = jax.jit(jax.value_and_grad(lambda m: batch_loss(m, batch, initial_router_bias(config))[0]))
-    compiled = f.lower(model).compile()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remat, "LONGEST_UNROLLED", 8 if unrolled else 0)
+        lowered = f.lower(model)
+    compiled = lowered.compile()
     loss, grads = compiled(model)
     return float(loss), jax.tree.leaves(grads), temporary_bytes(compiled)
 
 
-@pytest.mark.parametrize("policy", only(["full"], ["matmuls", "full"]))
+@pytest.mark.parametrize("policy", only(["full"], ["streams", "matmuls", "full"]))
 def test_remat_policies_save_memory_and_leave_gradients_alone(policy):
     loss, grads, memory = differentiated(policy)
     loss_kept, grads_kept, memory_kept = differentiated("none")
     assert loss == pytest.approx(loss_kept, rel=1e-6)
     assert tree_relative(grads, grads_kept) < 1e-5
     assert memory < memory_kept
+
+
+def test_recomputed_streams_run_no_sublayer_again():
+    """Under `streams` the backward pass repeats the seams' projections, one a sublayer, and no other product and no routing."""
+
+    def operations(policy: str) -> tuple[int, int]:
+        config = small(remat=policy, dense_layers=0)
+        model, batch = make(small(dense_layers=0)), make_batch(config)
+        model.config = config
+        text = str(jax.make_jaxpr(jax.grad(lambda m: batch_loss(m, batch, initial_router_bias(config))[0]))(model))
+        return text.count("dot_general["), text.count("top_k[")
+
+    (dots, choices), (dots_kept, choices_kept) = operations("streams"), operations("none")
+    assert dots == dots_kept + 2
+    assert choices == choices_kept
+
+
+@pytest.mark.slow
+def test_layers_that_do_not_fill_a_block_are_run_too():
+    config = small(num_layers=9, dense_layers=0, dim=8)
+    assert remat.block_length(9, 4) == 2
+    model, batch = shaken(make(config)), make_batch(config)
+
+    def gradients(policy: str):
+        model.config = small(num_layers=9, dense_layers=0, dim=8, remat=policy)
+        return jax.jit(jax.grad(lambda m: batch_loss(m, batch, initial_router_bias(config))[0]))(model)
+
+    assert tree_relative(jax.tree.leaves(gradients("streams")), jax.tree.leaves(gradients("none"))) < 1e-5
+
+
+@pytest.mark.parametrize(("sublayers", "published"), [(60, 6.3), (24, 4.0)])
+def test_a_block_is_as_long_as_equation_20_says(sublayers, published):
+    assert abs(2 * remat.block_length(sublayers // 2, 4) - published) <= 2
+
+
+def test_layers_in_a_loop_give_the_gradients_of_unrolled_layers():
+    loss, grads, memory = differentiated("none", unrolled=False)
+    loss_unrolled, grads_unrolled, memory_unrolled = differentiated("none")
+    assert loss == pytest.approx(loss_unrolled, rel=1e-6)
+    assert tree_relative(grads, grads_unrolled) < 1e-5
+    assert memory != memory_unrolled  # two programs
 
 
 def test_bfloat16_keeps_mappings_in_float32():

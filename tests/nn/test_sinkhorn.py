@@ -7,7 +7,7 @@ import pytest
 from oracles import mhc as oracle
 from small import directional, relative
 
-from mhc_jax.nn.residual.sinkhorn import sinkhorn
+from pallas_kernels.mhc import sinkhorn
 
 
 def logits(std: float, n: int = 4, count: int = 64, seed: int = 0) -> np.ndarray:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mhc_jax.nn.decoder import Aux, SublayerTrace
-from mhc_jax.nn.residual.sinkhorn import sinkhorn
 from mhc_jax.nn.stability import backward_gain, composites, forward_gain, stability
+from pallas_kernels.mhc import sinkhorn
 
 
 def stacked(*sublayers) -> jax.Array:
@@ -58,6 +58,8 @@ def test_products_run_from_the_first_sublayer_up_and_from_the_last_down():
     s = stability(traced(stacked(*([h] for h in chain))))
     assert np.allclose(s.gain_forward_composite, forward_gain(upward))
     assert np.allclose(s.gain_backward_composite, backward_gain(downward))
+    assert np.allclose(s.res_composite, upward[..., 0])
+    assert np.allclose(s.res_composite_rest, downward[..., 0])
     assert float(s.gain_forward_composite[0]) == 6  # the first alone
     assert float(s.gain_backward_composite[-1]) == 3  # the last alone
 
@@ -99,4 +101,4 @@ def test_every_measure_is_documented_by_its_shape():
     assert s.stream_norm.shape == (7, 4)
     assert s.stream_cosine.shape == (7,)
     assert s.pre.shape == s.post.shape == (6, 4)
-    assert s.res.shape == s.res_composite.shape == (6, 4, 4)
+    assert s.res.shape == s.res_composite.shape == s.res_composite_rest.shape == (6, 4, 4)

@@ -6,6 +6,7 @@ import pytest
 from small import BASE
 
 from mhc_jax.config import Config, override
+from mhc_jax.train import loop
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +38,7 @@ def tiny(corpus: str) -> Config:
         "optimizer.learning_rate": 1e-2,
         "optimizer.warmup_steps": 2,
         "data.seq_len": 32,
-        "data.source": corpus,
+        "data.source": (corpus,),
         "data.heldout_share": 0.2,
         "train.steps": 8,
         "train.eval_every": 2,
@@ -45,3 +46,22 @@ def tiny(corpus: str) -> Config:
         "train.checkpoint_every": 2,
     }
     return override(BASE, changes)
+
+
+@pytest.fixture(scope="session")
+def compiled_once():
+    """Runs share their compiled programs where their configs differ only in what no program depends on."""
+    known = {}
+    compile_programs = loop.compile_programs
+
+    on_the_host = ("checkpoint_every", "max_nonfinite_steps", "rollback_deviations", "max_rollbacks")
+
+    def remembered(config, *args):
+        key = override(config, {f"train.{name}": 8 for name in on_the_host})
+        if key not in known:
+            known[key] = compile_programs(config, *args)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "compile_programs", remembered)
+        yield

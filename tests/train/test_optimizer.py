@@ -1,5 +1,7 @@
 """The schedule, what decays, and what is left alone."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,8 @@ import pytest
 from mhc_jax.config import OptimizerConfig, override
 from mhc_jax.nn.decoder import Decoder
 from mhc_jax.nn.module import named_parameters
-from mhc_jax.train.optimizer import adamw, decays, learning_rate, update_mask
+from mhc_jax.train.loop import train
+from mhc_jax.train.optimizer import adamw, decays, learning_rate, optimizer, update_mask
 
 
 def test_schedule_warms_up_and_drops_twice():
@@ -29,9 +32,9 @@ def test_first_sublayers_idle_mappings_never_move(tiny, dense_layers):
     config = override(tiny, {"model.dense_layers": dense_layers}).model
     model = jax.jit(lambda: Decoder(config, jax.random.key(0)))()
     noise = jax.tree.map(lambda p: jnp.full_like(p, 1e-12), model)  # what rounding leaves where a gradient is zero
-    optimizer = adamw(OptimizerConfig(learning_rate=0.1, warmup_steps=0), steps=10)
+    adam = adamw(OptimizerConfig(learning_rate=0.1))
     masked = jax.tree.map(jnp.multiply, noise, update_mask(model))
-    updates, _ = optimizer.update(masked, optimizer.init(model), model)
+    updates, _ = adam.update(masked, adam.init(model), model)
 
     first = updates.dense_layers if dense_layers else updates.moe_layers
     n = config.connections.streams
@@ -41,3 +44,46 @@ def test_first_sublayers_idle_mappings_never_move(tiny, dense_layers):
     # Everything else takes the full step that Adam makes of noise.
     assert np.all(np.asarray(first.ffn_connection.bias) != 0)
     assert np.all(np.asarray(updates.moe_layers.attention_connection.bias[-1]) != 0)
+
+
+def orthogonalised(matrix):
+    """Muon's direction for a matrix [rows, columns] at its first step: momentum is the gradient; then five steps of Newton and Schulz."""
+    x = matrix / np.linalg.norm(matrix)
+    x = x.T if matrix.shape[0] > matrix.shape[1] else x
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    x = x.T if matrix.shape[0] > matrix.shape[1] else x
+    return 0.18 * np.sqrt(max(matrix.shape)) * x
+
+
+def test_muon_takes_each_matrix_of_a_stack_by_itself_and_adamw_the_rest(tiny):
+    model = jax.jit(lambda: Decoder(tiny.model, jax.random.key(0)))()
+    rng = np.random.default_rng(0)
+    gradient = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), model)
+    config = OptimizerConfig(learning_rate=0.1, kind="muon", weight_decay=0.0)
+    muon = optimizer(config)
+    got, _ = jax.jit(muon.update)(gradient, muon.init(model), model)
+    adam = adamw(config)
+    wanted, _ = adam.update(gradient, adam.init(model), model)
+    for name in ("embedding", "unembed", "final_norm"):
+        np.testing.assert_allclose(getattr(got, name), getattr(wanted, name), rtol=1e-6)
+    of_connection = (m.moe_layers.attention_connection.bias for m in (got, wanted))
+    np.testing.assert_allclose(*of_connection, rtol=1e-6)
+
+    heads, into, out = (getattr(gradient.moe_layers.attention, name)[0] for name in ("query", "latent", "out"))
+    width = tiny.model.dim
+    for name, matrix in (("query", heads.reshape(width, -1)), ("latent", into), ("out", out.reshape(-1, width))):
+        direction = np.asarray(getattr(got.moe_layers.attention, name)[0]).reshape(matrix.shape)
+        np.testing.assert_allclose(direction, orthogonalised(np.asarray(matrix, np.float64)), rtol=1e-4, atol=1e-5)
+    expert = np.asarray(gradient.moe_layers.ffn.inner[0, 2], np.float64)
+    np.testing.assert_allclose(got.moe_layers.ffn.inner[0, 2], orthogonalised(expert), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_muon_runs_save_and_resume(tiny, tmp_path):
+    config = override(tiny, {"optimizer.kind": "muon", "train.steps": 4, "model.residual": "residual"})
+    whole = train(config, tmp_path / "run", say=lambda line: None)
+    (tmp_path / "run" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    assert train(config, tmp_path / "run", say=lambda line: None)["loss"] == whole["loss"]

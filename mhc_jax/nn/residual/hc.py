@@ -16,7 +16,7 @@ from mhc_jax.config import ModelConfig
 from mhc_jax.nn.module import Spec
 from mhc_jax.nn.norm import rms_norm, wide
 from mhc_jax.nn.residual.socket import Connection
-from mhc_jax.nn.residual.streams import Coefficients
+from pallas_kernels.mhc import Mapping
 
 
 def initial_bias(n: int, sublayer: Int[Array, ""]) -> Float[Array, "{n}*({n}+2)"]:
@@ -37,14 +37,16 @@ class StaticHC(Connection):
         self.bias = initial_bias(n, sublayer)
         self.streams: int = n
 
+    @property
+    def mapping(self) -> Mapping:
+        return Mapping(self.streams)
+
     def groups(self) -> dict[str, tuple[int, ...]]:
         n = self.streams
         return {"bias": (n, n, n * n)}
 
-    def coefficients(self, x: Float[Array, "B S nC"]) -> Coefficients:
-        n, tokens = self.streams, x.shape[0] * x.shape[1]
-        bias = jnp.broadcast_to(self.bias[:, None], (n * (n + 2), tokens))
-        return Coefficients(bias[:n], bias[n : 2 * n], bias[2 * n :].reshape(n, n, tokens))
+    def coefficients(self, x: Float[Array, "B S nC"]) -> Float[Array, "K T"]:
+        return jnp.broadcast_to(self.bias[:, None], (len(self.bias), x.shape[0] * x.shape[1]))
 
 
 class HC(Connection):
@@ -68,15 +70,19 @@ class HC(Connection):
         self.streams: int = n
         self.norm_eps: float = config.norm_eps
 
+    @property
+    def mapping(self) -> Mapping:
+        return Mapping(self.streams)
+
     def groups(self) -> dict[str, tuple[int, ...]]:
         n = self.streams
         return {"theta": (1, 1, n), "bias": (n, n, n * n), "alpha": (1, 1, 1)}
 
-    def coefficients(self, x: Float[Array, "B S nC"]) -> Coefficients:
+    def coefficients(self, x: Float[Array, "B S nC"]) -> Float[Array, "K T"]:
         n = self.streams
         streams = wide(x.reshape(-1, n, x.shape[-1] // n))
         normed = rms_norm(streams, None, self.norm_eps)
         raw = jnp.einsum("kc,tjc->kjt", self.theta, normed, precision=jax.lax.Precision.HIGHEST)
         gate = jnp.repeat(self.alpha, np.array([1, 1, n]), total_repeat_length=n + 2)
         out = gate[:, None, None] * jnp.tanh(raw) + self.bias.reshape(n + 2, n, 1)
-        return Coefficients(pre=out[0], post=out[1], res=out[2:])
+        return out.reshape(n * (n + 2), -1)  # entry [k, j]: k = 0 is pre of stream j, 1 post, 2 + i row i of res

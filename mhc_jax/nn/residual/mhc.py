@@ -20,15 +20,17 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from mhc_jax.config import ModelConfig
 from mhc_jax.nn.module import Spec
 from mhc_jax.nn.norm import inverse_rms, wide
-from mhc_jax.nn.residual.sinkhorn import sinkhorn
 from mhc_jax.nn.residual.socket import Connection
-from mhc_jax.nn.residual.streams import Coefficients
+from mhc_jax.nn.residual.streams import Pending
+from mhc_jax.parallel.rules import Rules
+from mhc_jax.parallel.shards import on_token_shards
+from pallas_kernels.mhc import Mapping, Weights, mhc_post_pre
 
 PRE_FAVOURED = 0.7  # initial share that a sublayer reads from its favoured stream
 
 
 def projected(
-    x: Float[Array, "B S nC"], phi: Float[Array, "K nC"], alpha: Float[Array, "K"], bias: Float[Array, "K"], eps: float
+    x: Float[Array, "B S nC"], phi: Float[Array, "K nC"], alpha: Float[Array, ""], bias: Float[Array, "K"], eps: float
 ) -> Float[Array, "K T"]:
     """alpha * (phi . x / rms(x)) + bias for every token, float32 or wider (Eq. 14-16).
 
@@ -36,7 +38,7 @@ def projected(
     """
     x = wide(x.reshape(-1, x.shape[-1]))
     raw = jnp.einsum("kd,td->kt", phi, x, precision=jax.lax.Precision.HIGHEST)
-    return alpha[:, None] * (raw * inverse_rms(x, eps).T) + bias[:, None]
+    return alpha * (raw * inverse_rms(x, eps).T) + bias[:, None]
 
 
 def pre_bias(n: int, sublayer: Int[Array, ""]) -> Float[Array, "n"]:
@@ -55,7 +57,7 @@ class MHC(Connection):
     alpha: Float[Array, "3"]  # gates of pre, post, res
 
     SPECS: ClassVar = {"phi": Spec((None, "stream_embed"), decay=True), "bias": Spec((None,)), "alpha": Spec((None,))}
-    LEARNS_FROM_EQUAL_STREAMS: ClassVar = (False, True, False)
+    LEARNS_FROM_EQUAL_STREAMS: ClassVar[tuple[bool, ...]] = (False, True, False)
 
     def __init__(self, config: ModelConfig, sublayer: Int[Array, ""], key: PRNGKeyArray):
         c = config.connections
@@ -67,32 +69,37 @@ class MHC(Connection):
         self.sinkhorn_steps: int = c.sinkhorn_steps
         self.norm_eps: float = config.norm_eps
 
+    @property
+    def mapping(self) -> Mapping:
+        return Mapping(self.streams, sinkhorn_steps=self.sinkhorn_steps, norm_eps=self.norm_eps)
+
+    def seam(self, pending: Pending, rules: Rules) -> tuple[Float[Array, "B S nC"], Float[Array, "B S C"], Float[Array, "K T"]]:
+        (x, y, h), mapping = pending, self.mapping
+
+        def post_pre(x: Array, y: Array, h: Array, *weights: Array) -> tuple[Array, Array, Array]:
+            return mhc_post_pre(x, y, h, Weights(*weights), mapping)
+
+        flat = on_token_shards(post_pre, rules, tokens=(0, 0, 1, None, None, None), results=(0, 0, 1))
+        weights = Weights(phi=self.phi, alpha=self.alpha, bias=self.bias)
+        between, u, h_next = flat(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), h, *weights)
+        return between.reshape(x.shape), u.reshape(y.shape), h_next
+
+    def res_logits(self, x: Float[Array, "B S nC"]) -> Float[Array, "n n T"] | None:
+        n = self.streams
+        return projected(x, self.phi[2 * n :], self.alpha[2], self.bias[2 * n :], self.norm_eps).reshape(n, n, -1)
+
     def groups(self) -> dict[str, tuple[int, ...]]:
         n = self.streams
         return {"phi": (n, n, n * n), "bias": (n, n, n * n), "alpha": (1, 1, 1)}
 
-    def coefficients(self, x: Float[Array, "B S nC"]) -> Coefficients:
-        n = self.streams
-        logits = projected(
-            x, self.phi, jnp.repeat(self.alpha, np.array([n, n, n * n]), total_repeat_length=n * (n + 2)), self.bias, self.norm_eps
-        )
-        res = logits[2 * n :].reshape(n, n, -1)
-        return Coefficients(
-            pre=jax.nn.sigmoid(logits[:n]),
-            post=2 * jax.nn.sigmoid(logits[n : 2 * n]),
-            res=sinkhorn(res, self.sinkhorn_steps),
-            logits=res,
-        )
 
-
-class IdentityHC(Connection):
+class IdentityHC(MHC):
     """mHC's pre and post with H_res = I: the control that tells what mixing adds. Rows of phi: n for pre, n for post."""
 
     phi: Float[Array, "2*n n*C"]
     bias: Float[Array, "2*n"]
     alpha: Float[Array, "2"]  # gates of pre, post
 
-    SPECS: ClassVar = MHC.SPECS
     LEARNS_FROM_EQUAL_STREAMS: ClassVar = (False, True)
 
     def __init__(self, config: ModelConfig, sublayer: Int[Array, ""], key: PRNGKeyArray):
@@ -103,11 +110,13 @@ class IdentityHC(Connection):
         self.streams: int = n
         self.norm_eps: float = config.norm_eps
 
+    @property
+    def mapping(self) -> Mapping:
+        return Mapping(self.streams, mixes=False, norm_eps=self.norm_eps)
+
+    def res_logits(self, x: Float[Array, "B S nC"]) -> None:
+        return None
+
     def groups(self) -> dict[str, tuple[int, ...]]:
         n = self.streams
         return {"phi": (n, n), "bias": (n, n), "alpha": (1, 1)}
-
-    def coefficients(self, x: Float[Array, "B S nC"]) -> Coefficients:
-        n = self.streams
-        logits = projected(x, self.phi, jnp.repeat(self.alpha, n), self.bias, self.norm_eps)
-        return Coefficients(pre=jax.nn.sigmoid(logits[:n]), post=2 * jax.nn.sigmoid(logits[n:]), res=None)

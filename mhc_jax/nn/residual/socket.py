@@ -1,6 +1,10 @@
 """The residual socket: what a part provides so that it can join sublayers.
 
-A third part is a subclass of `Connection` with its parameters, `coefficients` and `groups`, and a line in `mhc_jax.nn.decoder.CONNECTIONS`.
+A sublayer's output is not written at once: it stays pending, and the next connection's seam writes it and reads its own input in one go,
+because the two together move far fewer bytes than each alone.
+
+A third part is a subclass of `Connection` with its parameters, `mapping`, `coefficients` and `groups`, and a line in
+`mhc_jax.nn.decoder.CONNECTIONS`.
 """
 
 from typing import ClassVar
@@ -11,13 +15,14 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from mhc_jax.config import ModelConfig
 from mhc_jax.nn.module import Module
-from mhc_jax.nn.residual.streams import Coefficients
+from mhc_jax.nn.residual.streams import Pending, collapse
+from mhc_jax.parallel.rules import Rules
+from mhc_jax.parallel.shards import on_token_shards
+from pallas_kernels.mhc import Mapping, mhc_post
 
 
 class Connection(Module):
     """The connection around one sublayer."""
-
-    streams: int
 
     # Whether each mapping (pre, post, res) has a gradient while all streams are equal copies, as they are at the first sublayer of the
     # network. Where it has none, what comes out is rounding noise, which Adam with a tiny epsilon would turn into full steps.
@@ -27,9 +32,37 @@ class Connection(Module):
         """Initial parameters of sublayer 0, 1, ... of the network; called under `jax.vmap` to make a stack of layers."""
         raise NotImplementedError
 
-    def coefficients(self, x: Float[Array, "B S nC"]) -> Coefficients:
-        """The mappings for every token, float32 or wider."""
+    @property
+    def mapping(self) -> Mapping | None:
+        """How its coefficients are packed; None for the plain residual."""
         raise NotImplementedError
+
+    def coefficients(self, x: Float[Array, "B S nC"]) -> Float[Array, "K T"]:
+        """The mappings for every token, packed, float32 or wider."""
+        raise NotImplementedError
+
+    def res_logits(self, x: Float[Array, "B S nC"]) -> Float[Array, "n n T"] | None:
+        """Logits of H_res before Sinkhorn, where there are such."""
+        return None
+
+    def seam(self, pending: Pending, rules: Rules) -> tuple[Float[Array, "B S nC"], Float[Array, "B S C"], Float[Array, "K T"] | None]:
+        """Writes what is pending, and returns the streams, the sublayer's input and the coefficients that will write its output."""
+        x = self.written(pending, rules)
+        h = self.coefficients(x)
+        assert self.mapping is not None
+        return x, collapse(x, h[: self.mapping.n]), h
+
+    def written(self, pending: Pending, rules: Rules) -> Float[Array, "B S nC"]:
+        """Writes what is pending: the streams after the sublayer."""
+        x, y, h = pending
+        mapping = self.mapping
+        assert mapping is not None
+
+        def post(x: Array, y: Array, h: Array) -> Array:
+            return mhc_post(x, y, h, mapping)
+
+        flat = on_token_shards(post, rules, tokens=(0, 0, 1))(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), h)
+        return flat.reshape(x.shape)
 
     def groups(self) -> dict[str, tuple[int, ...]]:
         """How axis 0 of each parameter divides into the mappings of LEARNS_FROM_EQUAL_STREAMS."""
@@ -48,10 +81,18 @@ class PlainResidual(Connection):
     """x + F(x): one stream, no parameters."""
 
     def __init__(self, config: ModelConfig, sublayer: Int[Array, ""], key: PRNGKeyArray):
-        self.streams = 1
+        pass
 
-    def coefficients(self, x: Float[Array, "B S C"]) -> Coefficients:
-        return Coefficients(None, None, None)
+    @property
+    def mapping(self) -> None:
+        return None
+
+    def seam(self, pending: Pending, rules: Rules) -> tuple[Float[Array, "B S C"], Float[Array, "B S C"], None]:
+        x = self.written(pending, rules)
+        return x, x, None
+
+    def written(self, pending: Pending, rules: Rules) -> Float[Array, "B S C"]:
+        return pending.x + pending.y
 
     def groups(self) -> dict[str, tuple[int, ...]]:
         return {}

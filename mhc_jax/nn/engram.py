@@ -1,0 +1,125 @@
+"""Engram: what a layer reads from its table by n-grams, projected, gated and added to all streams (arXiv 2601.07372, sections 2.2 to 2.4).
+
+The rows themselves are no parameters here: they come as values that were read already (`mhc_jax.tables`), so that the gradient of a table
+is never an array of its size. Which rows a token reads is the business of `data/ngrams`, or of `ngram_hash` in decoding.
+"""
+
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from mhc_jax.config import ModelConfig
+from mhc_jax.nn.linear import project
+from mhc_jax.nn.module import Module, Spec, normal
+from mhc_jax.nn.norm import rms_norm, wide
+from mhc_jax.parallel.rules import Rules
+from mhc_jax.parallel.shards import on_token_shards
+from pallas_kernels.engram_gate import DILATION, HALO, TAPS, ShortConv, gate_add, gate_conv_add
+
+CONV_EPS = 1e-5  # of the norm before the convolution, as in the published code
+
+
+class Engram(Module):
+    """The memory of one layer, tables apart.
+
+    One product makes a key for each stream and one value for all. A stream's gate is the sigmoid of the signed square root of the
+    normalised product of stream and key; DeepSeek's code has the root, the paper's Eq. 4 has not. The value times the gate is
+    added, with what a causal convolution over such values adds in the paper (none in V4.1). The convolution starts at zero.
+    """
+
+    keys_value: Float[Array, "M (n+1)*C"]  # keys of stream 0 to n-1, then the value; M = d_mem
+    query_gain: Float[Array, "n C"]
+    key_gain: Float[Array, "n C"]
+    conv: Float[Array, "4 n C"] | None  # tap j is for the token 3 j back
+    conv_gain: Float[Array, "n C"] | None
+
+    SPECS: ClassVar = {
+        "keys_value": Spec((None, "stream_embed"), decay=True),
+        "query_gain": Spec((None, "embed")),
+        "key_gain": Spec((None, "embed")),
+        "conv": Spec((None, None, "embed")),
+        "conv_gain": Spec((None, "embed")),
+    }
+
+    def __init__(self, config: ModelConfig, key: PRNGKeyArray):
+        assert config.engram is not None
+        n = 1 if config.residual == "residual" else config.connections.streams
+        self.keys_value = normal(key, (config.engram.width, (n + 1) * config.dim), config.init_std)
+        self.query_gain, self.key_gain = jnp.ones((n, config.dim)), jnp.ones((n, config.dim))
+        self.conv = jnp.zeros((TAPS, n, config.dim)) if config.engram.conv else None
+        self.conv_gain = jnp.ones((n, config.dim)) if config.engram.conv else None
+        self.norm_eps: float = config.norm_eps
+
+    def __call__(
+        self, x: Float[Array, "B S nC"], memory: Float[Array, "B S M"], reach: Int[Array, "B S"], rules: Rules = Rules()
+    ) -> tuple[Float[Array, "B S nC"], Float[Array, "n T"]]:
+        """The streams with the memory added, and the gates of all tokens, float32.
+
+        Args:
+          x: the streams.
+          memory: what every token read, heads of the first order first.
+          reach: how many earlier tokens each token's convolution may see, see `reach_of`.
+          rules: where tokens lie.
+        """
+        keys_value, gain = self._projected(x, memory), self.query_gain * self.key_gain
+        flat = (x.reshape(-1, x.shape[-1]), keys_value, gain)
+        if self.conv is None:
+            add = on_token_shards(self._add, rules, tokens=(0, 0, None), results=(0, 1))
+            out, gates = add(*flat)
+        else:
+
+            def add_conv(x: Array, keys_value: Array, gain: Array, reach: Array, weight: Array, conv_gain: Array) -> tuple[Array, Array]:
+                conv = ShortConv(weight, conv_gain, reach)
+                return gate_conv_add(x, keys_value, gain, conv, norm_eps=self.norm_eps, conv_eps=CONV_EPS)
+
+            sharded = on_token_shards(add_conv, rules, tokens=(0, 0, None, 0, None, None), results=(0, 1))
+            out, gates = sharded(*flat, reach.reshape(-1), self.conv, self.conv_gain)
+        return out.reshape(x.shape), gates
+
+    def decode(
+        self, x: Float[Array, "B S nC"], memory: Float[Array, "B S M"], state: "ConvState"
+    ) -> tuple[Float[Array, "B S nC"], "ConvState"]:
+        """The next S tokens of one document a sequence, after those that `state` remembers."""
+        keys_value = self._projected(x, memory)
+        out, gates = self._add(x.reshape(-1, x.shape[-1]), keys_value, self.query_gain * self.key_gain)
+        out = out.reshape(x.shape)
+        if self.conv is None:
+            return out, state
+        batch, length, _ = x.shape
+        n, width = self.query_gain.shape
+        value = wide(keys_value[:, n * width :]).reshape(batch, length, 1, width)
+        gated = gates.T.reshape(batch, length, n, 1) * value
+        assert self.conv_gain is not None
+        normed = rms_norm(gated, None, CONV_EPS) * self.conv_gain[None, None]
+        past = jnp.concatenate([state.normed, normed], axis=1)  # token t of this call stands at HALO + t
+        taps = [self.conv[j][None, None] * past[:, HALO - j * DILATION :][:, :length] for j in range(TAPS)]
+        added = jax.nn.silu(sum(taps[1:], taps[0])).reshape(x.shape)
+        return (wide(out) + added).astype(x.dtype), ConvState(past[:, length:])
+
+    def _projected(self, x: Array, memory: Array) -> Float[Array, "T KV"]:
+        return project(memory.astype(x.dtype), self.keys_value).reshape(-1, self.keys_value.shape[1])
+
+    def _add(self, x: Array, keys_value: Array, gain: Array) -> tuple[Array, Array]:
+        return gate_add(x, keys_value, gain, norm_eps=self.norm_eps)
+
+
+class ConvState(NamedTuple):
+    """What the convolution remembers in decoding: normalised gated values of the tokens before, zero where there were none."""
+
+    normed: Float[Array, "B 9 n C"]  # float32 or wider, the newest last
+
+    @classmethod
+    def empty(cls, batch: int, streams: int, width: int) -> "ConvState":
+        """Before the first token of every sequence."""
+        return cls(jnp.zeros((batch, HALO, streams, width)))
+
+
+def reach_of(segment_ids: Int[Array, "B S"], cross_documents: bool) -> Int[Array, "B S"]:
+    """How many tokens of the same document stand before each token in its row; with `cross_documents`, of any document."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
+    if cross_documents:
+        return index
+    begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)

@@ -1,0 +1,12 @@
+"""The gate on TPU (Pallas, Mosaic).
+
+forward            and backward: without convolution, one pass each
+conv_forward       and conv_backward: with it, tile after tile, as earlier and later tokens matter
+factors            numbers of a token that the backward kernels multiply with
+groups             what they share: sizes, groups of tokens, rows and columns
+"""
+
+from pallas_kernels.engram_gate.tpu.backward import gate_add_backward as gate_add_backward
+from pallas_kernels.engram_gate.tpu.conv_backward import gate_conv_add_backward as gate_conv_add_backward
+from pallas_kernels.engram_gate.tpu.conv_forward import gate_conv_add as gate_conv_add
+from pallas_kernels.engram_gate.tpu.forward import gate_add as gate_add

@@ -1,0 +1,49 @@
+"""Wall time on the device that is here. The counterpart of `static_cost`, which models devices that are not."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+ROUND_SECONDS = 0.05  # calls are timed in rounds of about this length: a single call may be shorter than its launch
+ROUNDS = 9
+COPY_BYTES = 256 << 20
+
+
+def measure_us(fn: Callable[..., Any], args: tuple[Any, ...]) -> float:
+    """The wall time of one call of `fn`, compiled, in microseconds: the median over rounds of back-to-back calls.
+
+    `args` are pytrees of `jax.ShapeDtypeStruct`; they are filled with standard normal numbers, integers with zeros.
+    """
+    keys = iter(jax.random.split(jax.random.key(0), max(len(jax.tree.leaves(args)), 1)))
+    values = jax.tree.map(lambda leaf: _filled(leaf, next(keys)), args)
+    compiled = jax.jit(fn).lower(*values).compile()
+    _time(compiled, values, 1)  # warms up
+    calls = max(1, int(ROUND_SECONDS / max(_time(compiled, values, 1), 1e-6)))
+    seconds = statistics.median(_time(compiled, values, calls) for _ in range(ROUNDS))
+    return seconds * 1e6
+
+
+def measure_copy_bandwidth() -> float:
+    """Bytes a second that the device's memory moves when XLA adds a constant to an array: read and written bytes together."""
+    elements = COPY_BYTES // 4
+    us = measure_us(lambda x: x + 1.0, (jax.ShapeDtypeStruct((elements // 1024, 1024), jnp.float32),))
+    return 2 * COPY_BYTES / (us / 1e6)
+
+
+def _time(compiled: Callable[..., Any], values: tuple[Any, ...], calls: int) -> float:
+    """Seconds a call over `calls` calls, from the first launch until the last result is there."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        result = compiled(*values)
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / calls
+
+
+def _filled(leaf: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+        return jax.random.normal(key, leaf.shape, leaf.dtype)
+    return jnp.zeros(leaf.shape, leaf.dtype)

@@ -1,0 +1,50 @@
+"""The TPU kernels compile for real chips: one case per kernel and direction on one chip, every case on every chip as slow tests."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+from pallas_kernels.engram_gate import gate_add
+from pallas_kernels.engram_gate.cases import FIRST, N, cases
+from pallas_kernels.static_cost import compile_for
+
+CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+FIRST_CHIP = "v6e:2x2"
+SPLIT, WHOLE = PartitionSpec("x"), PartitionSpec()
+
+
+def _is_fast(case, chip: str) -> bool:
+    return chip == FIRST_CHIP and case.name == f"t{FIRST[0]}_n{N}_c{FIRST[1]}" and case.kernel == "gate_add"
+
+
+MATRIX = [
+    pytest.param(case, chip, id=f"{case.label}-{chip}", marks=() if _is_fast(case, chip) else pytest.mark.slow)
+    for case in cases()
+    for chip in CHIPS
+]
+
+
+@pytest.mark.parametrize(("case", "chip"), MATRIX)
+def test_the_case_compiles(case, chip):
+    fn, args = case.build("tpu")
+    assert "tpu_custom_call" in (compile_for(chip, fn, args).as_text() or "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+def test_what_the_platform_has_is_chosen_and_compiles_on_four_chips(chip):
+    """A gate and its gradient as a user writes them, tokens split over the mesh; 520 tokens on each, which tiles do not divide."""
+    tokens, width = 2080, 256
+
+    def array(*shape, dtype=jnp.bfloat16, split=SPLIT):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(AbstractMesh((4,), ("x",)), split))
+
+    def loss(streams, keys_value, gain):
+        specs = (SPLIT, SPLIT, WHOLE)
+        call = jax.shard_map(lambda *args: gate_add(*args, norm_eps=1e-6)[0], in_specs=specs, out_specs=SPLIT, check_vma=False)
+        return jnp.sum(call(streams, keys_value, gain).astype(jnp.float32))
+
+    args = (array(tokens, N * width), array(tokens, (N + 1) * width), array(N, width, dtype=jnp.float32, split=WHOLE))
+    text = compile_for(chip, jax.grad(loss, argnums=(0, 1, 2)), args).as_text() or ""
+    assert text.count("tpu_custom_call") >= 2  # the gate and its gradients
