@@ -41,11 +41,13 @@ def sparse_mla(
       q_nope: [B, S, H, D] and q_rope [B, S, H, R], queries.
       key_up: [K, H, D] and value_up [K, H, V], the projections of the latent to every head's keys and values.
       latent: [B, T, K+R], normalised latents and the rotated key of every token; all of these have one floating type.
-      selected: the keys of every query (`Selected` [B, S, k], each of them visible), or with `pages` the pages of every block of PAGE queries
-        ([B, ceil(S / PAGE), p]), of which a query attends to the tokens that it sees. Distinct and in [0, T), or pages in [0, ceil(T / PAGE)).
+      selected: the keys of every query (`Selected` [B, S, k], each of them visible and in [0, T)), or with `pages` the pages of every
+        block of PAGE queries ([B, ceil(S / PAGE), p], in [0, ceil(T / PAGE))), of which a query attends to the tokens that it sees. All
+        distinct.
       span: what every query sees, [B, S]; not looked at without `pages`.
       scale: of the logits.
-      query_chunk: the most queries that are worked on at once, rounded up to a multiple of PAGE with `pages`; in XLA memory may bound it further.
+      query_chunk: the most queries that are worked on at once, rounded up to a multiple of PAGE with `pages`; in XLA memory may bound it
+        further.
       implementation: "tpu" (Pallas Mosaic TPU), "gpu" (Pallas Mosaic GPU), "xla" (any platform and shape), None for what the platform has.
       interpret: runs a kernel step by step on any platform, for tests.
 

@@ -1,8 +1,7 @@
 """Sparse attention over all queries, a chunk at a time, and its gradients. What one chunk's attention is, the implementations say.
 
-Of a chunk only exist: the absorbed queries q~ = q_nope . key_up, and in the backward pass their gradients. Kept for the backward pass are the
-arguments, `out` and `log_total`. The gradients of latents and projections are summed over chunks in float32 in the order of the
-queries.
+Absorbed queries q~ = q_nope . key_up and their gradients exist of one chunk only. Kept for the backward pass are the arguments, `out` and
+`log_total`. The gradients of latents and projections are summed over chunks in float32, in the order of the queries.
 """
 
 from collections.abc import Callable

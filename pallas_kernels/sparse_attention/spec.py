@@ -31,8 +31,8 @@ class Keys(NamedTuple):
     first, stop: int32 [B, S], the span that limits keys of pages; unused for tokens.
     """
 
-    index: jax.Array
-    count: jax.Array
+    index: jax.Array  # type: ignore[assignment]
+    count: jax.Array  # type: ignore[assignment]
     first: jax.Array
     stop: jax.Array
 

@@ -20,7 +20,7 @@ Attended = tuple[Array, Array, Array]
 
 
 class _Gathered(NamedTuple):
-    """Where the keys of n blocks of queries lie: `window` tokens each from `start` [B, n, w] on, and who sees them [B, n, Q, w * window]."""
+    """Where the keys of n blocks of Q queries lie: `window` tokens each from `start` [B, n, w] on. `valid` [B, n, Q, w * window]: seen."""
 
     start: Array
     window: int
@@ -30,8 +30,9 @@ class _Gathered(NamedTuple):
 def attend_tokens(q: Array, latent: Array, index: Array, count: Array, *, rank: int, scale: float) -> Attended:
     """Attention of a chunk to chosen tokens.
 
-    q [B, C, H, K+R] absorbed queries, latent [B, T, K+R] of their type, index [B, C, k], count [B, C] -> attended latents o [B, C, H, K] in q's
-    type, log_total and top [B, C, H] float32 or wider (see `spec.SparseAttended`). The first K = `rank` columns of latents are values too.
+    q [B, C, H, K+R] absorbed queries, latent [B, T, K+R] of their type, index [B, C, k], count [B, C] -> attended latents o [B, C, H, K] in
+    q's type, log_total and top [B, C, H] float32 or wider (see `spec.SparseAttended`). The first K = `rank` columns of latents are values
+    as well.
     """
     return _attend(q, latent, _of_tokens(index, count), rank, scale)
 
@@ -41,8 +42,8 @@ def attend_tokens_backward(
 ) -> Attended:
     """Gradients of a chunk of `attend_tokens`.
 
-    log_total [B, C, H] as it was returned, own [B, C, H] = sum over K of o d_o, d_o [B, C, H, K], d_latent [B, T, K+R] float32 or wider the sum so far
-    -> d_q [B, C, H, K+R] in q's type, o [B, C, H, K] once more, and d_latent with the chunk's share added.
+    log_total [B, C, H] as it was returned, own [B, C, H] = sum over K of o d_o, d_o [B, C, H, K], d_latent [B, T, K+R] float32 or wider,
+    the sum so far -> d_q [B, C, H, K+R] in q's type, o [B, C, H, K] once more, and d_latent with the chunk's share added.
     """
     return _attend_backward(q, latent, _of_tokens(index, count), log_total, own, d_o, d_latent, scale)
 
@@ -117,7 +118,11 @@ def _attend_backward(
     d_q = _product("bnqhk,bnkw->bnqhw", d_logits, rows)
     d_rows = _product("bnqhk,bnqhw->bnkw", d_logits, q)
     d_rows = d_rows.at[..., :rank].add(_product("bnqhk,bnqhw->bnkw", weight, d_o))
-    return d_q.astype(q.dtype).reshape(shape), o.astype(q.dtype).reshape(d_o.shape).reshape(*shape[:3], rank), _added(d_latent, d_rows, keys)
+    return (
+        d_q.astype(q.dtype).reshape(shape),
+        o.astype(q.dtype).reshape(d_o.shape).reshape(*shape[:3], rank),
+        _added(d_latent, d_rows, keys),
+    )
 
 
 def _blocked(x: Array, keys: _Gathered) -> Array:
@@ -153,9 +158,7 @@ def _added(total: Array, d_rows: Array, keys: _Gathered) -> Array:
     batch, length, width = total.shape
     add = partial(
         jax.lax.scatter_add,
-        dimension_numbers=ScatterDimensionNumbers(
-            update_window_dims=(3, 4), inserted_window_dims=(), scatter_dims_to_operand_dims=(0,)
-        ),
+        dimension_numbers=ScatterDimensionNumbers(update_window_dims=(3, 4), inserted_window_dims=(), scatter_dims_to_operand_dims=(0,)),
     )
     flat, start = total.reshape(batch * length, width), _flat_start(keys, length)
     updates = d_rows.reshape(*keys.start.shape, keys.window, width)

@@ -44,7 +44,7 @@ def problem(
     empty: bool = True,
     seed: int = 0,
 ) -> Problem:
-    """Causal over packed documents, queries at the end of the keys; keys (or pages) drawn from the visible ones, some queries without any."""
+    """Causal over packed documents, queries at the end of the keys; keys (or pages) drawn from the visible ones, some queries have none."""
     rng = np.random.default_rng(seed)
     keys = keys or length
     arrays = {
@@ -82,7 +82,9 @@ def run(p: Problem, **options: Any) -> Arrays:
 def oracle(p: Problem) -> Arrays:
     """The same of the specification, in float64."""
     with jax.enable_x64(True):
-        wide = replace(p, arrays={n: jnp.asarray(np.asarray(x, np.float64)) for n, x in p.arrays.items()}, d_out=jnp.asarray(p.d_out, float))
+        wide = replace(
+            p, arrays={n: jnp.asarray(np.asarray(x, np.float64)) for n, x in p.arrays.items()}, d_out=jnp.asarray(p.d_out, float)
+        )
         return _run(partial(reference.sparse_mla, scale=p.scale, pages=p.pages), wide)
 
 

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems_sparse import NAMES, check, errors, oracle, problem, run
+from problems_sparse import NAMES, check, errors, problem, run
 
 from pallas_kernels.sparse_attention import NO_KEYS, sparse_mla
-from pallas_kernels.sparse_attention.chunks import Plan, attend
 from pallas_kernels.visible import PAGE, Selected, Span, causal_span, tokens_of_pages
 
 SHAPES = {
@@ -61,7 +60,11 @@ def test_queries_without_keys_are_zero_and_finite():
     got = run(p)
     without = np.asarray(p.selected.count) == 0
     assert without.any()
-    assert (got["out"][without] == 0).all() and (got["d q_nope"][without] == 0).all() and (got["log_total"][without] == np.float32(NO_KEYS)).all()
+    assert (
+        (got["out"][without] == 0).all()
+        and (got["d q_nope"][without] == 0).all()
+        and (got["log_total"][without] == np.float32(NO_KEYS)).all()
+    )
     assert all(np.isfinite(x).all() for x in got.values())
     none = replace(p, selected=Selected(jnp.zeros_like(p.selected.index), jnp.zeros_like(p.selected.count)))
     assert all((x == 0).all() for name, x in run(none).items() if name not in ("log_total", "top"))
