@@ -58,11 +58,17 @@ def dense_attention_backward(
         d_logits = (weight * (d_weight - own) * scale).astype(dtype)
         d_q_nope.append(jnp.einsum("bhqk,bhkd->bhqd", d_logits, k))
         d_q_rope.append(jnp.einsum("bhqk,bkr->bhqr", d_logits, k_rope[:, keys]))
-        d_k_nope = d_k_nope.at[:, :, keys].add(product("bhqk,bhqd->bhkd", d_logits, q))
-        d_k_rope = d_k_rope.at[:, keys].add(product("bhqk,bhqr->bkr", d_logits, r))
-        d_value = d_value.at[:, :, keys].add(product("bhqk,bhqv->bhkv", weight.astype(dtype), d))
+        d_k_nope = _added(d_k_nope, product("bhqk,bhqd->bhkd", d_logits, q), 2)
+        d_k_rope = _added(d_k_rope, product("bhqk,bhqr->bkr", d_logits, r), 1)
+        d_value = _added(d_value, product("bhqk,bhqv->bhkv", weight.astype(dtype), d), 2)
     of_queries = jnp.concatenate(d_q_nope, axis=2), jnp.concatenate(d_q_rope, axis=2)
     return *of_queries, d_k_nope.astype(dtype), d_k_rope.astype(dtype), d_value.astype(dtype)
+
+
+def _added(total: Array, part: Array, axis: int) -> Array:
+    """`total` with `part` added at the front of an axis: an update in place, which `.at[].add`, a scatter, is not."""
+    front = jax.lax.slice_in_dim(total, 0, part.shape[axis], axis=axis)
+    return jax.lax.dynamic_update_slice_in_dim(total, front + part, 0, axis)
 
 
 def _blocks(length: int, query_block: int) -> Iterator[tuple[slice, slice]]:
