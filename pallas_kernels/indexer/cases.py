@@ -1,7 +1,7 @@
 """Real shapes of the indexer, and what it must do at each: for tests, benchmarks and the static cost engine.
 
-64 heads of 128, bfloat16 (DeepSeek-V3.2). Pages are scored for causal self-attention of one sequence; scores, and the selection of tokens by
-them, for a chunk of queries at the end of it. Floors count half of the pairs for the former, all of them for the latter.
+64 heads of 128, bfloat16 (DeepSeek-V3.2). Pages are scored for causal self-attention of one sequence, and floors count half of the pairs.
+Scores, and the selection of tokens by them, are for a chunk of queries at the end of a sequence, and all pairs count.
 """
 
 from collections.abc import Callable
@@ -23,9 +23,9 @@ TOKENS = (8192, 32768, 131072)
 FIRST = TOKENS[0]
 
 KERNELS: dict[str, Callable[..., Any]] = {
-    "select_pages": lambda kernels, *args: select.select_pages(kernels, *args, TOP_K // PAGE, CHUNK),
-    "index_scores": lambda kernels, *args: kernels.index_scores(*args),
-    "select_tokens": lambda kernels, *args: select.select_tokens(kernels, *args, TOP_K, False, CHUNK),
+    "select_pages": lambda kernels, q, k, weight, span: select.select_pages(kernels, q, k, weight, span, TOP_K // PAGE, CHUNK),
+    "index_scores": lambda kernels, q, k, weight, span: kernels.index_scores(q, k, weight, span),
+    "select_tokens": lambda kernels, q, k, weight, span: select.select_tokens(kernels, q, k, weight, span, TOP_K, False, CHUNK),
 }
 
 
@@ -55,7 +55,7 @@ def _case(kernel: str, tokens: int) -> Case:
 
 
 def _build(kernel: str, queries: int, tokens: int, implementation: Implementation) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    array = jax.ShapeDtypeStruct
+    array: Any = jax.ShapeDtypeStruct
     q, k = array((1, queries, HEADS, SIZE), jnp.bfloat16), array((1, tokens, SIZE), jnp.bfloat16)
     span = Span(array((1, queries), jnp.int32), array((1, queries), jnp.int32))
     weight = array((1, queries, HEADS), jnp.float32)
