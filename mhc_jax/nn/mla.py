@@ -3,6 +3,7 @@
 Source: DeepSeek-V2 (arXiv 2405.04434, Eq. 9-19), with the order of norms and splits of the DeepSeek-V3 inference code.
 """
 
+from functools import partial
 from typing import ClassVar
 
 import jax
@@ -10,11 +11,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mhc_jax.config import AttentionConfig, ModelConfig
-from mhc_jax.nn.attention import causal_attention
 from mhc_jax.nn.linear import project
 from mhc_jax.nn.module import Module, Spec, normal
 from mhc_jax.nn.norm import rms_norm
 from mhc_jax.nn.rotary import rotate, softmax_temperature
+from mhc_jax.parallel.rules import Rules
+from mhc_jax.parallel.shards import on_token_shards
+from pallas_kernels.attention import dense_attention
+from pallas_kernels.visible import causal_span
 
 
 class MLA(Module):
@@ -82,14 +86,10 @@ class MLA(Module):
             q_nope, k_nope = rms_norm(q_nope, q_nope_scale, eps), rms_norm(k_nope, k_nope_scale, eps)
             q_rope, k_rope = rms_norm(q_rope, q_rope_scale, eps), rms_norm(k_rope, k_rope_scale, eps)
 
-        attended, largest = causal_attention(
-            q_nope,
-            rotate(q_rope, positions, a.rope),
-            k_nope,
-            rotate(k_rope, positions, a.rope),
-            value,
-            segment_ids,
-            scale=(a.nope_dim + a.rope_dim) ** -0.5 * softmax_temperature(a.rope),
-            query_block=a.query_block,
-        )
+        attend = partial(dense_attention, scale=(a.nope_dim + a.rope_dim) ** -0.5 * softmax_temperature(a.rope), query_block=a.query_block)
+        heads_first = (y.swapaxes(1, 2) for y in (q_nope, rotate(q_rope, positions, a.rope), k_nope, value))
+        q_nope, q_rope, k_nope, value = heads_first
+        args = (q_nope, q_rope, k_nope, rotate(k_rope, positions, a.rope), value, causal_span(segment_ids).first)
+        attended, _, top = on_token_shards(lambda *args: tuple(attend(*args)), Rules(), tokens=(0,) * 6, results=(0, 0, 0))(*args)
+        attended, largest = attended.swapaxes(1, 2), top.max()
         return project(attended.reshape(*x.shape[:-1], -1), self.out.reshape(-1, x.shape[-1])), largest
