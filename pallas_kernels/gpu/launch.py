@@ -17,6 +17,7 @@ from pallas_kernels.choose import SHARED_MEMORY as SHARED_MEMORY
 TOKENS = 64  # tokens in a tile: the rows of a wgmma
 MATRIX = plgpu.Layout.WGMMA
 COLUMN = plgpu.Layout.WGMMA.reduce(1)  # one value for each row of a MATRIX
+ROW = plgpu.Layout.WGMMA.reduce(0)  # one value for each column of a MATRIX
 WARPGROUP = "warpgroup"
 MULTIPROCESSORS = 132  # of an H100 or H200; only the number of programs that a grid is cut into depends on it
 

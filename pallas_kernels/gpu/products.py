@@ -26,27 +26,33 @@ def times_transposed(pairs: list[tuple[Any, Any]], interpret: bool) -> jax.Array
     return pl.run_scoped(run, plgpu.ACC((64, pairs[0][1].shape[0]), jnp.float32))
 
 
-def plus_product(total: jax.Array, a: jax.Array, b: Any, interpret: bool) -> jax.Array:
-    """total [64, n] float32 and a [64, k] bfloat16 in registers, b [k, n] in shared memory -> total + a b."""
+def plus_products(totals: list[jax.Array], terms: list[list[tuple[jax.Array, Any]]], interpret: bool) -> list[jax.Array]:
+    """Each total [64, n] float32 plus the sum of its terms a b, a [64, k] bfloat16 in registers and b [k, n] in shared memory."""
     if interpret:
-        return total + _dot(a, b[...], 0)
-    return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(total))
+        return [sum((_dot(a, b[...], 0) for a, b in some), start=total) for total, some in zip(totals, terms)]
+
+    def run(refs):
+        for ref, some in zip(refs, terms):
+            for a, b in some:
+                plgpu.wgmma(ref, a, b)
+
+    return pl.run_state(run)([plgpu.ACC.init(total) for total in totals])
 
 
 def zeros(columns: int, interpret: bool) -> jax.Array:
     return layout(jnp.zeros((64, columns), jnp.float32), MATRIX, interpret)
 
 
-def column_numbers(columns: int, interpret: bool) -> jax.Array:
-    """int32 [64, columns]: each element's column."""
+def numbers(columns: int, axis: int, interpret: bool) -> jax.Array:
+    """int32 [64, columns]: each element's row (axis 0) or column (axis 1)."""
     if interpret:
-        return jax.lax.broadcasted_iota(jnp.int32, (64, columns), 1)
-    return plgpu.broadcasted_iota(jnp.int32, (64, columns), 1, layout=MATRIX)
+        return jax.lax.broadcasted_iota(jnp.int32, (64, columns), axis)
+    return plgpu.broadcasted_iota(jnp.int32, (64, columns), axis, layout=MATRIX)
 
 
-def by_row(value: jax.Array, columns: int) -> jax.Array:
-    """[64] -> [64, columns]."""
-    return jax.lax.broadcast_in_dim(value, (value.shape[0], columns), (0,))
+def spread(value: jax.Array, columns: int, axis: int = 0) -> jax.Array:
+    """[64 or columns] -> [64, columns], a value for each row (axis 0) or column (axis 1)."""
+    return jax.lax.broadcast_in_dim(value, (64, columns), (axis,))
 
 
 def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
