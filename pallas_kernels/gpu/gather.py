@@ -57,7 +57,7 @@ def _start(swizzle: int, _: Any, source: Any, index: Any, tile: Any) -> None:
     i32, i64, columns = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64), ir.MemRefType(source.type).shape[1]
 
     def number(value: int, kind: Any = i32) -> Any:
-        return arith.constant(kind, ir.IntegerAttr.get(kind, value))
+        return utils.c(value, kind)
 
     def times(value: Any, by: int) -> Any:
         return arith.muli(value, number(by))

@@ -59,13 +59,14 @@ def kernel(
         names = [*inputs, *outputs]
         body(dict(zip(names, refs)), *refs[len(names) :])
 
+    threads: dict[str, Any] = {"num_threads": warpgroups, "thread_name": WARPGROUP} if warpgroups > 1 else {}
     call = plgpu.kernel(
         named,
         out_type=list(outputs.values()),
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         scratch_types=list(scratch),
-        **({"num_threads": warpgroups, "thread_name": WARPGROUP} if warpgroups > 1 else {}),
+        **threads,
         interpret=_interpreter() if interpret else False,
         # The other lowering, Warpgroup, finds layouts by itself; with some hundreds of operations that takes twenty times longer.
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),

@@ -40,6 +40,7 @@ def plus_products(totals: list[jax.Array], terms: list[list[tuple[jax.Array, Any
 
 
 def zeros(columns: int, interpret: bool) -> jax.Array:
+    """[64, columns] float32, as products are laid out."""
     return layout(jnp.zeros((64, columns), jnp.float32), MATRIX, interpret)
 
 

@@ -1,5 +1,7 @@
 """Which implementation of sparse attention runs. What all families have in common stands in `pallas_kernels.choose`."""
 
+import importlib
+
 import jax
 
 from pallas_kernels.case import Implementation
@@ -15,5 +17,10 @@ def choose(latent: jax.Array, rank: int, queries: int, heads: int, name: Impleme
     Raises:
       ValueError: the name is unknown, or its kernels cannot run here or cannot take these arrays.
     """
-    misfit = "there are no kernels yet"
-    return choose_of(FAMILY, name, interpret, misfit)
+
+    def limit(name: str) -> str | None:
+        if name == "gpu":
+            return importlib.import_module(f"pallas_kernels.{FAMILY}.gpu").misfit(latent, rank, heads)
+        return f"there are no {name.upper()} kernels yet"
+
+    return choose_of(FAMILY, name, interpret, None, limit=limit)

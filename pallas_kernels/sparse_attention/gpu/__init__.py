@@ -35,12 +35,14 @@ def misfit(latent: Array, rank: int, heads: int) -> str | None:
 
 
 def attend_tokens(q: Array, latent: Array, index: Array, count: Array, *, rank: int, scale: float, interpret: bool = False) -> Attended:
+    """As `xla.attend_tokens`."""
     return attend(q, latent, index, count, None, rank, scale, interpret)
 
 
 def attend_pages(
     q: Array, latent: Array, index: Array, count: Array, first: Array, stop: Array, *, rank: int, scale: float, interpret: bool = False
 ) -> Attended:
+    """As `xla.attend_pages`."""
     return attend(q, latent, index, count, (first, stop), rank, scale, interpret)
 
 
@@ -57,6 +59,7 @@ def attend_tokens_backward(
     scale: float,
     interpret: bool = False,
 ) -> Attended:
+    """As `xla.attend_tokens_backward`; shares of as many queries as SHARES_BYTES hold exist at once."""
     o, _, _ = attend(q, latent, index, count, None, d_o.shape[-1], scale, interpret)
     d_q = gradient_of_queries(q, latent, index, count, None, log_total, own, d_o, scale, interpret)
     queries = q.shape[1]
@@ -90,6 +93,7 @@ def attend_pages_backward(
     scale: float,
     interpret: bool = False,
 ) -> Attended:
+    """As `xla.attend_pages_backward`."""
     span = first, stop
     o, _, _ = attend(q, latent, index, count, span, d_o.shape[-1], scale, interpret)
     d_q = gradient_of_queries(q, latent, index, count, span, log_total, own, d_o, scale, interpret)

@@ -9,6 +9,7 @@ memory; then each sums half of the columns, [64, 320] or [64, 256] float32 in re
 """
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -32,7 +33,7 @@ def halves(rank: int, columns: int) -> list[list[tuple[int, int]]]:
     """Where each warpgroup's columns begin and end: in blocks of 64, none across `rank`."""
     middle = -(-columns // 64 // 2) * 64
     cuts = sorted({0, columns, rank, middle, *range(0, middle, WIDEST), *range(middle, columns, WIDEST)})
-    pieces = list(zip(cuts, cuts[1:]))
+    pieces = list(pairwise(cuts))
     return [[piece for piece in pieces if (piece[0] >= middle) == second] for second in (False, True)]
 
 
@@ -212,5 +213,3 @@ def _swapped(who: int, made: Array, p_s: Any, d_p_s: Any, met: Any, interpret: b
 
 def _between(piece: tuple[int, int]) -> Any:
     return pl.ds(piece[0], piece[1] - piece[0])
-
-

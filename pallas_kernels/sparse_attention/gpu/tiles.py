@@ -30,8 +30,8 @@ LOG2_E = 1.4426950408889634
 class Source:
     """Latents by tiles of `size`, in lists that `block` queries share: one query's tokens, or pages.
 
-    refs: latent [B * T, K+R], index [B * lists, entries], count [B * lists], and of pages first and stop [B * C]. T is a multiple of 64, and
-    so are the entries of a list of tokens.
+    refs: latent [B * T, K+R], index [B * lists, entries], count [B * lists], and of pages first and stop [B * C]. T is a multiple of 64,
+    and so are the entries of a list of tokens.
     """
 
     refs: dict[str, Any]
@@ -67,7 +67,9 @@ class Source:
             row = begin + index[chosen, start // PAGE] * PAGE + jax.lax.rem(start, jnp.int32(PAGE))
             plgpu.copy_gmem_to_smem(latent.at[pl.ds(row, self.size)], to, barrier)
         else:
-            gather.start_copy(latent.at[pl.ds(begin, self.keys)], index.at[chosen, pl.ds(start, self.size)], to, self.interpret, self.swizzle)
+            gather.start_copy(
+                latent.at[pl.ds(begin, self.keys)], index.at[chosen, pl.ds(start, self.size)], to, self.interpret, self.swizzle
+            )
 
     def arrive(self, but: int, barrier: Any) -> None:
         """Waits for what was copied of tokens before the last `but` tiles, and arrives at the barrier."""
@@ -81,26 +83,16 @@ def bring(steps: Array | int, fetch: Callable, full: Any, empty: Any, arrive: Ca
 
     def one(step, _):
         slot = jax.lax.rem(step, jnp.int32(SLOTS))
-
-        @pl.when(step >= SLOTS)
-        def _():
-            plgpu.barrier_wait(empty.at[slot])
-
+        pl.when(step >= SLOTS)(lambda: plgpu.barrier_wait(empty.at[slot]))
         fetch(step, slot, full.at[slot])
         if arrive is not None:
-
-            @pl.when(step > 0)
-            def _():
-                arrive(1, full.at[jax.lax.rem(step - 1, jnp.int32(SLOTS))])
+            pl.when(step > 0)(lambda: arrive(1, full.at[jax.lax.rem(step - 1, jnp.int32(SLOTS))]))
 
         return ()
 
     jax.lax.fori_loop(0, steps, one, ())
     if arrive is not None:
-
-        @pl.when(steps > 0)
-        def _():
-            arrive(0, full.at[jax.lax.rem(steps - 1, jnp.int32(SLOTS))])
+        pl.when(steps > 0)(lambda: arrive(0, full.at[jax.lax.rem(steps - 1, jnp.int32(SLOTS))]))
 
     def drain(step, _):  # the interpreter wants every phase of a barrier waited for
         plgpu.barrier_wait(empty.at[jax.lax.rem(step, jnp.int32(SLOTS))])
@@ -116,6 +108,7 @@ def use(steps: Array | int, body: Callable, carry: Any, full: Any, empty: Any) -
         slot = jax.lax.rem(step, jnp.int32(SLOTS))
         plgpu.barrier_wait(full.at[slot])
         carry = body(step, slot, carry)
+        plgpu.commit_smem()  # what was read before what is copied next
         plgpu.barrier_arrive(empty.at[slot])
         return carry
 
@@ -126,19 +119,20 @@ def divide(bringer: Callable[[], None], users: list[Callable[[], None]]) -> None
     """Runs what each warpgroup does, with registers shared out."""
     who = jax.lax.axis_index(WARPGROUP)
 
-    @pl.when(who == USERS)
-    def _():
+    def last():
         plgpu.set_max_registers(BRINGER_REGISTERS, action="decrease")
         bringer()
 
-    @pl.when(who < USERS)
-    def _():
+    def others():
         plgpu.set_max_registers(USER_REGISTERS, action="increase")
-        if len(users) == 1:
-            users[0]()
-        else:
-            for i, user in enumerate(users):
+        for i, user in enumerate(users):
+            if len(users) == 1:
+                user()
+            else:
                 pl.when(who == i)(user)
+
+    pl.when(who == USERS)(last)
+    pl.when(who < USERS)(others)
 
 
 def meet(barrier: Any) -> None:
