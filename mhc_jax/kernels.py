@@ -24,7 +24,19 @@ from pallas_kernels.static_cost import Cost, check_libtpu, chip_of, cost
 DEFAULT_TOPOLOGY = "v6e:2x2"
 ACCELERATORS: dict[str, Implementation] = {"tpu": "tpu", "gpu": "gpu"}
 
-COLUMNS = ["kernel", "case", "chip", "modelled_us", "floor_us", "over_floor", "vmem_mib", "compile_s", "xla_modelled_us", "xla_over_floor"]
+COLUMNS = [
+    "kernel",
+    "case",
+    "chip",
+    "modelled_us",
+    "floor_us",
+    "floor_by",
+    "over_floor",
+    "vmem_mib",
+    "compile_s",
+    "xla_modelled_us",
+    "xla_over_floor",
+]
 MEASURED_COLUMNS = ["kernel", "case", "device", "measured_us", "xla_measured_us", "floor_gb_per_s", "copy_gb_per_s"]
 
 
@@ -122,7 +134,8 @@ def _model(chosen: Sequence[tuple[str, Case]], topologies: Sequence[str]) -> Ite
 
 def _cost(family: str, case: Case, implementation: str, topology: str) -> Cost | str:
     try:
-        return cost(partial(build_case, family, case.label, implementation), case.floor_bytes, topology, rare=bool(case.rare))
+        build = partial(build_case, family, case.label, implementation)
+        return cost(build, case.floor_bytes, topology, floor_flops=case.floor_flops, rare=bool(case.rare))
     except RuntimeError as error:  # one program that the compiler refuses does not take the others with it
         return str(error)
 
@@ -135,6 +148,7 @@ def _measure(family: str, case: Case, here: Implementation, copy: float) -> dict
         "measured_us": us,
         "xla_measured_us": xla_us,
         "measured_floor_bytes_per_second": case.floor_bytes / (us / 1e6),
+        "measured_floor_flops_per_second": case.floor_flops / (us / 1e6),
         "measured_copy_bytes_per_second": copy,
     }
 
@@ -146,6 +160,7 @@ def _identity(family: str, case: Case) -> dict[str, Any]:
         "direction": case.direction,
         "case": case.name,
         "floor_bytes": case.floor_bytes,
+        "floor_flops": case.floor_flops,
         "floor_note": case.floor_note,
     }
 
@@ -162,10 +177,10 @@ def _modelled_cells(row: Modelled) -> list[str]:
     kernel, xla = row.kernel, row.xla
     cells = [f"{row.case.kernel}/{row.case.direction}", row.case.name, row.topology.partition(":")[0]]
     if isinstance(kernel, Cost):
-        cells += [_number(kernel.modelled_us, kernel.valid), _number(kernel.floor_us), _ratio(kernel)]
+        cells += [_number(kernel.modelled_us, kernel.valid), _number(kernel.floor_us), kernel.floor_by, _ratio(kernel)]
         cells += [f"{kernel.vmem_bytes / 2**20:.1f}", f"{kernel.compile_seconds:.1f}"]
     else:
-        cells += ["-"] * 5
+        cells += ["-"] * 6
     return cells + ([_number(xla.modelled_us, xla.valid), _ratio(xla)] if isinstance(xla, Cost) else ["-", "-"])
 
 
@@ -193,5 +208,5 @@ def _number(us: float, valid: bool = True) -> str:
 def _line(cells: Sequence[str]) -> str:
     widths = [24, 18, 8]
     return "  ".join(
-        cell.ljust(widths[i]) if i < 3 else cell.rjust(max(11, len(COLUMNS[min(i, 9)]))) for i, cell in enumerate(cells)
+        cell.ljust(widths[i]) if i < 3 else cell.rjust(max(11, len(COLUMNS[min(i, len(COLUMNS) - 1)]))) for i, cell in enumerate(cells)
     ).rstrip()

@@ -23,6 +23,9 @@ class Case:
 
     `floor_bytes` is the fewest bytes that HBM must move on one device for one call: each input that `fn` needs read once, each output
     written once, nothing else. It is a bound from below of any implementation, so leave out whatever an implementation could do without.
+
+    `floor_flops` is in the same way the fewest FLOPs (two for a multiplication and its addition) that the matrix units must do, at least.
+    The floor's time is the larger of the bytes over the device's bandwidth and the FLOPs over its bfloat16 peak.
     """
 
     name: str  # the shape, unique within kernel and direction: "t8192_n4_c2560"
@@ -31,6 +34,7 @@ class Case:
     build: Callable[[Implementation], Program]
     floor_bytes: int
     floor_note: str  # how the floor counts, in a reader's terms: "X and y read, X' and u written: (2n + 2) C 2 bytes a token"
+    floor_flops: int = 0
     # What kernels do only where the data is unusual: "a tile with anything not finite is mixed again". The modelled time then leaves
     # out code under conditions on data, and says so; by default it is charged as if such conditions always held.
     rare: str = ""
@@ -44,6 +48,8 @@ class Case:
             raise ValueError(
                 f"case {self.name!r}: floor_bytes is {self.floor_bytes}; it must be the positive number of bytes HBM has to move"
             )
+        if self.floor_flops < 0:
+            raise ValueError(f"case {self.name!r}: floor_flops is {self.floor_flops}; it must be the number of FLOPs to do, or 0")
         if not self.floor_note:
             raise ValueError(f"case {self.name!r}: floor_note is empty; say what floor_bytes counts")
 

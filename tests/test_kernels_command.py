@@ -26,7 +26,7 @@ def engine(monkeypatch):
     """Stands in for the compiler: what it says of the kernel and of the XLA path."""
     answers = {"tpu": modelled(3.0), "xla": modelled(12.0)}
 
-    def cost(build, floor_bytes, topology, *, rare):
+    def cost(build, floor_bytes, topology, *, floor_flops, rare):
         answer = answers[build.args[2]]
         if isinstance(answer, Exception):
             raise answer
@@ -48,6 +48,7 @@ def test_the_table_holds_both_paths(engine, capsys):
         "chip": "v6e",
         "modelled_us": "3.0",
         "floor_us": "2.0",
+        "floor_by": "bytes",
         "over_floor": "1.500",
         "vmem_mib": "3.0",
         "compile_s": "0.0",
@@ -120,5 +121,7 @@ def test_a_case_says_what_is_wrong_with_it():
         Case("t8", "double", "sideways", lambda implementation: None, 1, "x read")
     with pytest.raises(ValueError, match="floor_bytes is 0"):
         Case("t8", "double", "forward", lambda implementation: None, 0, "x read")
+    with pytest.raises(ValueError, match="floor_flops is -1"):
+        Case("t8", "double", "forward", lambda implementation: None, 1, "x read", floor_flops=-1)
     with pytest.raises(ValueError, match="floor_note is empty"):
         Case("t8", "double", "forward", lambda implementation: None, 1, "")

@@ -30,7 +30,7 @@ DUMP = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=packed-bu
 START = "from pallas_kernels.static_cost.child import main; main()"
 
 
-def cost(build: Build, floor_bytes: int, topology: str, *, rare: bool = False, keep: Path | None = None) -> Cost:
+def cost(build: Build, floor_bytes: int, topology: str, *, floor_flops: int = 0, rare: bool = False, keep: Path | None = None) -> Cost:
     """The modelled cost of one call of a program on one device of a TPU that is not there.
 
     Args:
@@ -38,6 +38,7 @@ def cost(build: Build, floor_bytes: int, topology: str, *, rare: bool = False, k
         them out over several devices of the topology. A function of a module, or `functools.partial` of one: it is called in a new process.
       floor_bytes: the fewest bytes that HBM has to move on one device.
       topology: "v6e:2x2" or another TPU topology.
+      floor_flops: the fewest FLOPs that the matrix units have to do on one device.
       rare: whether code of kernels under conditions on data is left out; see `Case.rare`.
       keep: a folder for the compiler's dump, to read it; by default it is removed.
 
@@ -58,7 +59,7 @@ def cost(build: Build, floor_bytes: int, topology: str, *, rare: bool = False, k
             "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} {DUMP}",
             "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
         }
-        request = pickle.dumps((build, floor_bytes, topology, rare, dump, result))
+        request = pickle.dumps((build, floor_bytes, topology, floor_flops, rare, dump, result))
         done = subprocess.run([sys.executable, "-c", START], input=request, env=environment, capture_output=True, check=False)
         if done.returncode:
             raise RuntimeError(f"compiling for {topology} failed: {_last_words(done.stderr.decode(errors='replace'))}")
@@ -67,14 +68,14 @@ def cost(build: Build, floor_bytes: int, topology: str, *, rare: bool = False, k
 
 def main() -> None:
     """What the new process runs."""
-    build, floor_bytes, topology, rare, dump, result = pickle.loads(sys.stdin.buffer.read())
+    build, floor_bytes, topology, floor_flops, rare, dump, result = pickle.loads(sys.stdin.buffer.read())
     jax.config.update("jax_enable_compilation_cache", False)  # what comes out of a cache dumps nothing
     start = time.perf_counter()
     fn, args = build()
     compiled = compile_for(topology, fn, args)
     seconds = time.perf_counter() - start
     module = parse_module(compiled.as_text() or "")
-    modelled = model_cost(module, listings(dump), chip_of(topology), topology, floor_bytes, rare)
+    modelled = model_cost(module, listings(dump), chip_of(topology), topology, floor_bytes, rare, floor_flops)
     memory = compiled.memory_analysis()
     temporaries = memory.temp_size_in_bytes if memory else 0
     result.write_bytes(pickle.dumps(replace(modelled, compile_seconds=seconds, hbm_temp_bytes=temporaries)))

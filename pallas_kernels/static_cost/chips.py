@@ -21,7 +21,12 @@ class Chip:
     cores: int  # TensorCores of one device, over which a grid axis declared "parallel" is split
     vmem_bytes: int  # of one core
     branch_delay: int  # bundles after a branch that still run: in a listing, from the branch to the end of its region
-    flops_per_cycle: int  # of one core's matrix units, bfloat16: used to check the clock against the published peak
+    flops_per_cycle: int  # of one core's matrix units, bfloat16
+
+    @property
+    def flops_per_second(self) -> float:
+        """Peak of one device's matrix units, bfloat16."""
+        return self.flops_per_cycle * self.cores * self.clock_ghz * 1e9
 
 
 CHIPS = {

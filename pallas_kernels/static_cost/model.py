@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Literal
 
 from pallas_kernels.static_cost.chips import Chip
 from pallas_kernels.static_cost.hlo import Instruction, Module
@@ -48,9 +49,11 @@ class Cost:
     kernel_us: float  # the part of Pallas kernels
     hbm_bytes: int | None  # read and written, all operations; None where some of them have only an estimate
     floor_bytes: int
-    floor_us: float
+    floor_us: float  # what `floor_by` says takes the longer: the bytes at the bandwidth, or the FLOPs at the matrix units' peak
     over_floor: float | None
     vmem_bytes: int  # the most that an operation reserves
+    floor_flops: int = 0
+    floor_by: Literal["bytes", "flops"] = "bytes"
     hbm_temp_bytes: int = 0  # temporaries that the module allocates in HBM
     compile_seconds: float = 0.0  # lowering and compiling, the dump included
     conditional_us: float | None = None  # `modelled_us` with all code under conditions on data; None where there is none
@@ -89,7 +92,15 @@ class _Total:
         ]
 
 
-def model_cost(module: Module, listings: Mapping[str, str], chip: Chip, topology: str, floor_bytes: int, rare: bool = False) -> Cost:
+def model_cost(
+    module: Module,
+    listings: Mapping[str, str],
+    chip: Chip,
+    topology: str,
+    floor_bytes: int,
+    rare: bool = False,
+    floor_flops: int = 0,
+) -> Cost:
     """Adds up a module.
 
     Args:
@@ -99,6 +110,7 @@ def model_cost(module: Module, listings: Mapping[str, str], chip: Chip, topology
       topology: for the record.
       floor_bytes: the fewest bytes that HBM has to move on one device.
       rare: whether code of kernels under conditions on data is left out. Otherwise it is charged every time.
+      floor_flops: the fewest FLOPs that the matrix units have to do on one device.
     """
     walk = _Walk(module, listings, chip, conditions=not rare)
     total = walk.computation(module.entry)
@@ -108,7 +120,8 @@ def model_cost(module: Module, listings: Mapping[str, str], chip: Chip, topology
     if conditional_us is not None and not rare:
         total.us = conditional_us
     bytes_per_us = chip.hbm_bytes_per_second / 1e6
-    floor_us = floor_bytes / bytes_per_us
+    bytes_us, flops_us = floor_bytes / bytes_per_us, floor_flops / (chip.flops_per_second / 1e6)
+    floor_us = max(bytes_us, flops_us)
     problems = list(walk.problems)
     if problems:
         pass  # what is not counted cannot be compared
@@ -127,6 +140,8 @@ def model_cost(module: Module, listings: Mapping[str, str], chip: Chip, topology
         floor_bytes=floor_bytes,
         floor_us=floor_us,
         over_floor=None if problems else total.us / floor_us,
+        floor_flops=floor_flops,
+        floor_by="flops" if flops_us > bytes_us else "bytes",
         vmem_bytes=max((row.vmem_bytes for row in total.operations), default=0),
         problems=tuple(problems),
         assumptions=tuple(sorted(walk.assumptions)),

@@ -94,6 +94,18 @@ def test_a_time_below_the_floor_has_no_ratio():
     assert found.over_floor is None and "below the floor" in found.problems[0]
 
 
+def test_the_floor_is_what_takes_longer_of_bytes_and_flops():
+    us = 7 * 1000 / CHIP.clock_ghz / 1e3  # 7000 cycles
+    peak = CHIP.flops_per_cycle * CHIP.cores
+    floor_bytes = round(us / 4 / 1e6 * CHIP.hbm_bytes_per_second)
+    few = model_cost(scan(), {}, CHIP, "v6e:2x2", floor_bytes=floor_bytes, floor_flops=1000 * peak)
+    assert few.floor_by == "bytes" and few.over_floor == pytest.approx(4, rel=1e-3)
+    many = model_cost(scan(), {}, CHIP, "v6e:2x2", floor_bytes=floor_bytes, floor_flops=3500 * peak)
+    assert many.floor_by == "flops" and many.over_floor == pytest.approx(2)
+    found = model_cost(scan(), {}, CHIP, "v6e:2x2", floor_bytes=floor_bytes, floor_flops=7001 * peak)
+    assert found.over_floor is None and "below the floor" in found.problems[0]
+
+
 STRAIGHT = """HloModule jit_f, is_scheduled=true
 
 %gather (y: f32[1024,1024]) -> f32[1024,1024] {{
