@@ -121,7 +121,7 @@ def test_what_cannot_be_begun_from_is_refused_before_the_folder_is_claimed(dense
     with pytest.raises(UserError, match="no run in"):
         begin(override(config, {"train.init_from": str(tmp_path / "nothing")}), tmp_path / "new")
     wider = override(config, {"train.init_from": str(folder), "model.dim": 2 * config.model.dim})
-    with pytest.raises(UserError, match="no checkpoint in .* can be used.*not float32"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be used.*not float32"):
         begin(wider, tmp_path / "new")
     other = override(config, {"train.init_from": str(folder), "model.vocab_size": config.model.vocab_size - 8})
     with pytest.raises(UserError, match="another tokenizer"):
