@@ -144,7 +144,7 @@ def losses_gradients(stage: str):
         return jnp.stack([total, aux.indexer_loss.sum()])
 
     both = jax.jit(jax.jacrev(losses))(model)
-    return tuple(jax.tree.map(lambda g: g[i], both) for i in (0, 1))
+    return jax.tree.map(lambda g: g[0], both), jax.tree.map(lambda g: g[1], both)
 
 
 @pytest.mark.parametrize("stage", ["warmup", "sparse"])
