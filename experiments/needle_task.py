@@ -23,7 +23,7 @@ class Task:
     length: int = 512  # tokens of a sequence
     needles: int = 16  # of a sequence, each asked for once
     keys: int = 16
-    values: int = 10
+    values: int = 8
     filler: int = 16  # different filler tokens
 
     def __post_init__(self):
