@@ -1,7 +1,7 @@
 """Does sparse attention find needles that dense attention finds? The study `mhc-jax study needle`, trained from scratch on made sequences.
 
 A small decoder learns the task of needle_task with dense attention, with sparse attention from scratch, and by the published recipe: dense,
-indexer alone, sparse. Beside them what must fail: an indexer that is never trained. Each piece of training is kept in the folder when it ends.
+indexer alone, sparse. Beside them what must fail: an indexer that is never trained. Each piece of training is kept when it ends.
 """
 
 import io
@@ -55,6 +55,9 @@ class Scale(NamedTuple):
     more: int = 150  # steps after that
 
 
+FULL = Scale()
+
+
 def pieces(scale: Scale) -> tuple[Piece, ...]:
     """What is trained, in order; all that begins with the same piece has the same number of further steps."""
     return (
@@ -72,8 +75,7 @@ def config_of(piece: Piece, scale: Scale) -> Config:
     sparse = None
     if piece.stage != "dense":
         sparse = SparseConfig(stage=piece.stage, index_heads=4, index_dim=32, top_k=scale.top_k, query_chunk=128)  # type: ignore[arg-type]
-    heads = {"num_heads": 4, "nope_dim": 32, "rope_dim": 16, "value_dim": 32}
-    attention = AttentionConfig(**heads, kv_rank=64, q_rank=64, query_block=128, sparse=sparse)
+    attention = AttentionConfig(4, nope_dim=32, rope_dim=16, value_dim=32, kv_rank=64, q_rank=64, query_block=128, sparse=sparse)
     return Config(
         name=NAME,
         model=ModelConfig(
@@ -98,7 +100,7 @@ def config_of(piece: Piece, scale: Scale) -> Config:
     )
 
 
-def run(folder: AnyPath, command: str, say: Say, scale: Scale = Scale()) -> None:
+def run(folder: AnyPath, command: str, say: Say, scale: Scale = FULL) -> None:
     """Trains what the folder lacks and rewrites the report after every piece.
 
     Raises:
@@ -117,10 +119,10 @@ def run(folder: AnyPath, command: str, say: Say, scale: Scale = Scale()) -> None
 def train(piece: Piece, scale: Scale, folder: AnyPath) -> dict[str, Any]:
     """Trains a piece, writes its parameters to the folder, and tells how it ends."""
     started = time.process_time()
-    config, rng, losses = config_of(piece, scale), np.random.default_rng(piece.steps), []
-    rules = Rules()
-    with jax.set_mesh(make_mesh(config.mesh)):
-        state = placed_initial_state(config, make_mesh(config.mesh), rules)
+    config, rules, losses = config_of(piece, scale), Rules(), []
+    rng, mesh = np.random.default_rng(piece.steps), make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        state = placed_initial_state(config, mesh, rules)
         if piece.begins is not None:
             state = state._replace(model=_loaded(folder / _file(piece.begins), state.model))
         drawn = jax.tree.map(jnp.copy, state.model)
@@ -131,7 +133,7 @@ def train(piece: Piece, scale: Scale, folder: AnyPath) -> dict[str, Any]:
                 state = state._replace(model=_with_indexer(state.model, drawn))
             losses.append((metrics.loss, metrics.indexer_loss))
         write_atomically(folder / _file(piece.name), _saved(state.model))
-        told = {"stage": piece.stage, "begins": piece.begins, "steps": piece.steps, "rate": piece.rate}
+        told: dict[str, Any] = {"stage": piece.stage, "begins": piece.begins, "steps": piece.steps, "rate": piece.rate}
         told |= {"loss": [float(loss) for loss, _ in losses]}
         told |= {"indexer_loss": [None if own is None else float(own) for _, own in losses]}
         if piece.stage == "warmup":  # what it was for: attention to what the indexer chooses, nothing else having changed

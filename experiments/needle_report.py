@@ -29,8 +29,8 @@ def needle_blocks(found: Mapping[str, Any], command: str) -> list[Block]:
     task = about["task"]
     blocks: list[Block] = [
         Paragraph(
-            f"Sequences of {task['length']} tokens hide {task['needles']} needles, each a key with a value, among filler, and ask for all of "
-            f"them at the end. A sparse query attends to {about['top_k']} of up to {task['length']} keys. Guessing is right "
+            f"Sequences of {task['length']} tokens hide {task['needles']} needles, each a key with a value, among filler, and ask for all "
+            f"of them at the end. A sparse query attends to {about['top_k']} of up to {task['length']} keys. Guessing is right "
             f"{percent(1 / task['values'])} of the time."
         )
     ]
@@ -40,8 +40,8 @@ def needle_blocks(found: Mapping[str, Any], command: str) -> list[Block]:
     if done:
         picture = to_png(lambda: needle_figure(done, task))
         reading = (
-            f"Left, the loss of answers over training, means of {SMOOTHED} steps; a piece that begins with another's parameters begins where "
-            "that one ends. Right, the share of right answers by where in the haystack the needle lies, 100 % being next to the questions."
+            f"Left, the loss of answers over training, means of {SMOOTHED} steps; a piece that begins with another's parameters begins "
+            "where that one ends. Right, the share of right answers by where the needle lies, 100 % being next to the questions."
         )
         blocks += [Heading("What came out"), accuracy_table(done), Picture("figures/needle.png", "Accuracy by depth", reading, picture)]
         blocks.append(depth_table(done, task))
