@@ -238,7 +238,7 @@ def hidden_states(
         pending, told, trace_attention = sublayer(pending, layer.attention_connection, attention, of_attention)
         of_ffn = (layer.ffn, layer.ffn_norm, bias)
         pending, (load, balance), trace_ffn = sublayer(pending, layer.ffn_connection, ffn, of_ffn)
-        return pending, LayerAux(*told, load, balance, (trace_attention, trace_ffn) if trace else None)
+        return pending, LayerAux(told.max_logit, told.indexer_loss, load, balance, (trace_attention, trace_ffn) if trace else None)
 
     def with_memory(pending, index):
         """The streams with what layer `memory_layers[index]` reads from its table; the write before it cannot be part of a seam."""
