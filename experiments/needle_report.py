@@ -9,7 +9,7 @@ from matplotlib.ticker import PercentFormatter
 
 from mhc_jax.experiments.document import Block, Code, Heading, Paragraph, Picture, Table
 from mhc_jax.experiments.formats import percent
-from mhc_jax.experiments.sparse_attention_figures import to_png
+from mhc_jax.experiments.study import to_png
 from mhc_jax.experiments.style import WIDTH
 
 SMOOTHED = 20  # steps that a point of the loss curves is the mean of

@@ -7,8 +7,8 @@ from mhc_jax.configs.sparse import deepseek_v32
 from mhc_jax.experiments.attention_counts import Counts, decode_counts, prefill_counts
 from mhc_jax.experiments.document import Block, Code, Heading, Items, Paragraph, Picture, Table
 from mhc_jax.experiments.published_costs import DECODE, PREFILL, SOURCE, K, Published, rate
-from mhc_jax.experiments.sparse_attention_figures import counted_figure, published_figure, short, to_png
-from mhc_jax.experiments.study import Say, write_study
+from mhc_jax.experiments.sparse_attention_figures import counted_figure, published_figure, short
+from mhc_jax.experiments.study import Say, to_png, write_study
 from mhc_jax.files import AnyPath
 
 NAME = "sparse_attention_cost"

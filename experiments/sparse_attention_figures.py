@@ -1,7 +1,6 @@
 """The figures of the study of sparse attention's cost. Every curve says whether it is counted, modelled or published."""
 
-import io
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,18 +9,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from mhc_jax.experiments.attention_counts import Counts
 from mhc_jax.experiments.published_costs import DECODE, PREFILL, K, Published, priced
-from mhc_jax.experiments.style import WIDTH, styled
+from mhc_jax.experiments.style import WIDTH
 
 DENSE, TOKEN, PAGES, INDEXER = "#6b6b6b", "#0072B2", "#009E73", "#D55E00"
 LAST = 2**20  # position at which the axes of counted curves end
-
-
-def to_png(draw: Callable[[], Figure]) -> bytes:
-    """The figure as PNG, drawn in the shared style."""
-    buffer = io.BytesIO()
-    with styled():
-        draw().savefig(buffer, format="png")
-    return buffer.getvalue()
 
 
 def short(tokens: float) -> str:
