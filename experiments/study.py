@@ -1,6 +1,7 @@
-"""What every study shares: its report and how its figures are drawn. A study answers a question that a list of runs does not fit, such as one about cost or made data.
+"""What every study shares: its report and how its figures are drawn.
 
-A study keeps what it found in files of its folder, so that the same command goes on where it was cut, and draws a finished report again.
+A study answers a question that a list of runs does not fit, such as one about cost or made data. It keeps what it found in files of its
+folder, so that the same command goes on where it was cut, and draws a finished report again.
 """
 
 import io
