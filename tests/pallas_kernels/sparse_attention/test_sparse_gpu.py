@@ -69,16 +69,27 @@ def check_chunk(pages: bool, **shape) -> dict:
     ("pages", "shape"),
     [
         (False, {"queries": 1, "keys": 100}),
-        pytest.param(True, {"queries": 1, "keys": 150}, marks=pytest.mark.slow),
-        pytest.param(False, {"queries": 3, "keys": 300, "heads": 128, "batch": 2}, marks=pytest.mark.slow),
-        pytest.param(True, {"queries": 3, "keys": 450, "heads": 128, "batch": 2}, marks=pytest.mark.slow),
-        pytest.param(False, {"queries": 1, "keys": 100, "rank": 512}, marks=pytest.mark.slow),
-        pytest.param(True, {"queries": 2, "keys": 192, "rank": 256}, marks=pytest.mark.slow),
+        (True, {"queries": 1, "keys": 150}),
+        (False, {"queries": 3, "keys": 300, "heads": 128, "batch": 2}),
+        (True, {"queries": 3, "keys": 450, "heads": 128, "batch": 2}),
+        (False, {"queries": 1, "keys": 100, "rank": 512}),
+        (True, {"queries": 2, "keys": 192, "rank": 256}),
     ],
 )
+@pytest.mark.slow
 def test_a_chunk_equals_float64(pages, shape):
     """Lists that end within a tile, pages that end beyond the keys, latents that no query may see."""
     check_chunk(pages, **shape)
+
+
+def test_one_query_forward_equals_float64():
+    q, latent, lists, *_ = chunk(False, queries=1, keys=100)
+    got = jax.jit(partial(gpu.attend_tokens, rank=128, scale=0.1, interpret=True))(q, latent, *lists)
+    with jax.enable_x64(True):
+        wanted = xla.attend_tokens(*(jnp.asarray(np.asarray(x, np.float64)) for x in (q, latent)), *lists, rank=128, scale=0.1)
+    for name, one, exact in zip(TOLERANCE, got, map(np.asarray, wanted)):
+        error = np.linalg.norm(np.asarray(one, np.float64) - exact) / np.linalg.norm(exact)
+        assert error < TOLERANCE[name], f"{name}: {error:.2e}"
 
 
 @pytest.mark.slow
