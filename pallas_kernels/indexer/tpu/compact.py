@@ -95,4 +95,4 @@ def _kernel(least: Ref, last: Ref, scores: Ref, before: Ref, within: Ref, out: R
         at = pl.ds(start, PLACES)
         out[at, :] = jnp.where(lane == step * ROWS + row, found, out[at, :])
 
-    jax.lax.fori_loop(0, out.shape[0] // PLACES * ROWS, search, None)
+    jax.lax.fori_loop(0, out.shape[0] // PLACES * ROWS, search, None, unroll=4)

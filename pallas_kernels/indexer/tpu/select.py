@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.indexer import xla
 from pallas_kernels.indexer.tpu.compact import compact
-from pallas_kernels.indexer.tpu.threshold import SLAB, threshold
+from pallas_kernels.indexer.tpu.threshold import KEYS, threshold
 from pallas_kernels.tpu.tiles import LANES, Interpret, round_up
 
 MOST_KEYS = 1 << 18  # beyond, eight queries' scores and the matrix of segments no longer fit into VMEM
@@ -16,7 +16,7 @@ def top_indices(scores: jax.Array, count: int, *, interpret: Interpret = False) 
     batch, queries, keys = scores.shape
     if keys > MOST_KEYS:
         return xla.top_indices(scores, count)
-    rows, columns = round_up(batch * queries, LANES), round_up(keys, SLAB)
+    rows, columns = round_up(batch * queries, LANES), round_up(keys, KEYS)
     flat = scores.reshape(batch * queries, keys)
     flat = jnp.pad(flat, ((0, rows - batch * queries), (0, columns - keys)), constant_values=-jnp.inf)
     index = compact(flat, *threshold(flat, count, interpret=interpret), count, interpret=interpret)

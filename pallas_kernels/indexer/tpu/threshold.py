@@ -19,7 +19,8 @@ Array = jax.Array
 Ref = Any
 
 ROWS = 8  # queries of a grid step
-SLAB = 4096  # scores of a query that one step of a pass looks at
+SLAB = 8192  # scores of a query that one step of a pass looks at, or fewer: what divides their number
+KEYS = 1024  # the number of keys is a multiple of it
 LOWEST = 0x00800000  # the lowest finite float among bits in the order of floats, taken as unsigned
 
 
@@ -27,7 +28,7 @@ def threshold(scores: Array, count: int, *, interpret: tiles.Interpret = False) 
     """Of scores [Q, T] (no NaN, no -0), the least that is selected, float32 [Q], and the last place where one that equals it is, int32 [Q].
 
     Selected are those larger than it, and those that equal it up to this place: `count`, or all that are not -inf where these are fewer.
-    Q is a multiple of 8, T of SLAB.
+    Q is a multiple of 8, T of 1024.
     """
     rows, keys = scores.shape
     found = pl.pallas_call(
@@ -43,27 +44,29 @@ def threshold(scores: Array, count: int, *, interpret: tiles.Interpret = False) 
     return found[0][:, 0], found[1][:, 0]
 
 
-def _kernel(count: int, scores: Ref, least: Ref, last: Ref) -> None:
+def _kernel(count: int, scores: Ref, bounds: Ref, last: Ref) -> None:
     keys = scores.shape[1]
+    size = tiles.divisor(keys // KEYS, SLAB // KEYS) * KEYS
 
     def number(holds: Any) -> Array:
         """How many scores of each query `holds`(scores, first place) [ROWS, LANES] is true of, in every lane."""
 
         def slab(index: Any, totals: tuple[Array, ...]) -> tuple[Array, ...]:
-            found = list(totals)
-            for i in range(SLAB // LANES):
-                at = index * SLAB + i * LANES
-                of_lanes = holds(scores[:, pl.ds(pl.multiple_of(at, LANES), LANES)], at)
+            found, start = list(totals), pl.multiple_of(index * size, size)
+            x = scores[:, pl.ds(start, size)]
+            for i in range(size // LANES):
+                of_lanes = holds(x[:, i * LANES : (i + 1) * LANES], start + i * LANES)
                 found[i % len(found)] += jnp.where(of_lanes, 1, 0)
             return tuple(found)
 
-        totals = jax.lax.fori_loop(0, keys // SLAB, slab, (jnp.zeros((ROWS, LANES), jnp.int32),) * 4)
+        totals = jax.lax.fori_loop(0, keys // size, slab, (jnp.zeros((ROWS, LANES), jnp.int32),) * 4)
         return jnp.broadcast_to(sum(totals).sum(axis=1, keepdims=True), (ROWS, LANES))
 
     def bit_of_score(index: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         bits, reached = carry
         candidate = bits | jax.lax.shift_left(jnp.int32(1), 31 - index)
-        at_least = number(lambda x, at: x >= _float(candidate))
+        least = _float(candidate)
+        at_least = number(lambda x, at: x >= least)
         enough = at_least >= count
         return jnp.where(enough, candidate, bits), jnp.where(enough, at_least, reached)
 
@@ -71,7 +74,7 @@ def _kernel(count: int, scores: Ref, least: Ref, last: Ref) -> None:
     bits, reached = jax.lax.fori_loop(0, 32, bit_of_score, (nothing, nothing))
     fewer = (bits >= 0) & (bits < LOWEST)  # nothing but -inf makes the count full
     bound = _float(jnp.where(fewer, LOWEST, bits))
-    least[...] = bound
+    bounds[...] = bound
     last[...] = jnp.full((ROWS, LANES), keys, jnp.int32)
     ties = jnp.where(fewer, 0, reached) > count
 
