@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from mhc_jax.config import Config
-from mhc_jax.configs import depth30, engram, laptop, paper
+from mhc_jax.configs import depth30, engram, laptop, paper, sparse
 from mhc_jax.errors import UserError
 
 CONFIGS: dict[str, Callable[[], Config]] = {
@@ -17,6 +17,8 @@ CONFIGS: dict[str, Callable[[], Config]] = {
     "engram_40b": engram.engram_40b,
     "engram_moe_27b": engram.engram_moe_27b,
     "engram_dense_4b": engram.engram_dense_4b,
+    "deepseek_v32": sparse.deepseek_v32,
+    "dsa_laptop": sparse.dsa_laptop,
 }
 
 

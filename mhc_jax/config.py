@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from mhc_jax.engram_config import EngramConfig, check_engram
 from mhc_jax.errors import UserError
+from mhc_jax.sparse_config import SparseConfig, check_sparse
 from mhc_jax.typecheck import check_types, group_of, shown
 
 ResidualKind = Literal["residual", "hc", "static_hc", "mhc", "identity_hc"]
@@ -43,6 +44,7 @@ class AttentionConfig:
     qk_norm: bool = False  # RMS-normalise queries and keys before the rotation
     query_block: int = 512  # tokens; attention scores exist for this many queries at a time
     rope: RopeConfig = RopeConfig()
+    sparse: SparseConfig | None = None  # DeepSeek Sparse Attention, see docs/sparse_attention.md; None: every query sees every earlier key
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ class TrainConfig:
     batch_size: int  # sequences per optimizer step, over all devices
     microbatches: int = 1  # parts that a batch is cut into; gradients are summed over them
     seed: int = 0  # of parameters and of the order of the data
+    init_from: str | None = None  # folder of a run whose last checkpoint's parameters this one begins with; what it lacks begins anew
     eval_every: int = 500  # steps between evaluations on held-out text
     eval_sequences: int = 64  # held-out sequences in an evaluation
     checkpoint_every: int = 1000  # steps
@@ -288,8 +291,17 @@ def validate(config: Config) -> None:
             f"model.moe.top_k is {e.top_k}, but {e.top_groups} of {e.num_groups} groups hold only {reachable} of the "
             f"{e.num_experts} experts; lower top_k or raise top_groups"
         )
+    if a.sparse is not None:
+        check_sparse(a.sparse, rope_dim=a.rope_dim, q_rank=a.q_rank, qk_norm=a.qk_norm, seq_len=d.seq_len)
     if m.engram is not None:
         check_engram(m.engram, m.num_layers, m.vocab_size)
+        if a.sparse is not None and a.sparse.stage == "warmup" and m.engram.tables.placement == "host":
+            raise UserError(
+                'model.attention.sparse.stage "warmup" freezes tables, which those in host memory cannot be; '
+                'set model.engram.tables.placement to "device"'
+            )
+    if t.init_from == "":
+        raise UserError("train.init_from is empty; give the folder of a run")
     if c.streams > 8:
         raise UserError(f"model.connections.streams is {c.streams}; 1 to 8 are supported")
     # Each of these is a loop or so many threads: a slip of the hand should be a message, not a machine that stands still.

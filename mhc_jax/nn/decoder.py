@@ -56,6 +56,7 @@ class LayerAux(NamedTuple):
     """What a layer reports beside its output. Stacked over layers by the scan."""
 
     max_attention_logit: Float[Array, ""]
+    indexer_loss: Float[Array, ""]  # nats, summed over tokens; 0 without an indexer
     expert_load: Int[Array, "E"]  # tokens per expert over the whole batch; zeros in a dense layer
     balance_loss: Float[Array, ""]
     trace: tuple[SublayerTrace, SublayerTrace] | None  # attention, feed-forward; None unless asked for
@@ -65,6 +66,7 @@ class Aux(NamedTuple):
     """What the network reports beside its output."""
 
     max_attention_logit: Float[Array, "L"]
+    indexer_loss: Float[Array, "L"]  # nats, summed over tokens; zeros without an indexer
     expert_load: Int[Array, "L_moe E"]
     balance_loss: Float[Array, ""]  # summed over layers
     trace: SublayerTrace | None  # arrays stacked over 2 * L sublayers; None unless asked for
@@ -213,7 +215,7 @@ def hidden_states(
     pending = unwritten(x, connection.mapping)
 
     def attention(u, attention, norm, positions, segment_ids):
-        return attention(rms_norm(u, norm, config.norm_eps), positions, segment_ids)
+        return attention(rms_norm(u, norm, config.norm_eps), positions, segment_ids, rules)
 
     def ffn(u, ffn, norm, bias):
         u = rms_norm(u, norm, config.norm_eps)
@@ -233,10 +235,10 @@ def hidden_states(
         layer, bias = layer_and_bias
 
         of_attention = (layer.attention, layer.attention_norm, positions, segment_ids)
-        pending, largest, trace_attention = sublayer(pending, layer.attention_connection, attention, of_attention)
+        pending, told, trace_attention = sublayer(pending, layer.attention_connection, attention, of_attention)
         of_ffn = (layer.ffn, layer.ffn_norm, bias)
         pending, (load, balance), trace_ffn = sublayer(pending, layer.ffn_connection, ffn, of_ffn)
-        return pending, LayerAux(largest, load, balance, (trace_attention, trace_ffn) if trace else None)
+        return pending, LayerAux(told.max_logit, told.indexer_loss, load, balance, (trace_attention, trace_ffn) if trace else None)
 
     def with_memory(pending, index):
         """The streams with what layer `memory_layers[index]` reads from its table; the write before it cannot be part of a seam."""
@@ -267,6 +269,7 @@ def hidden_states(
     rms, cosine = _stream_statistics(x, n)
     aux = Aux(
         max_attention_logit=layers.max_attention_logit,
+        indexer_loss=layers.indexer_loss,
         expert_load=layers.expert_load[config.dense_layers :],
         balance_loss=layers.balance_loss.sum(),
         # [L, ...] for attention and for feed-forward -> [2 L, ...] in the order of the sublayers

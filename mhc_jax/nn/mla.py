@@ -1,24 +1,49 @@
-"""Multi-head latent attention (MLA) in its training form: keys and values expanded from a shared latent.
+"""Multi-head latent attention (MLA): dense or sparse over a sequence, and one step further over a cache of latents.
 
-Source: DeepSeek-V2 (arXiv 2405.04434, Eq. 9-19), with the order of norms and splits of the DeepSeek-V3 inference code.
+Sources: DeepSeek-V2 (arXiv 2405.04434, Eq. 9-19), with the order of norms and splits of the DeepSeek-V3 inference code; DeepSeek Sparse
+Attention (arXiv 2512.02556, section 2.1). The attention itself, and the choice of keys, are kernels' work (`pallas_kernels`).
 """
 
-from functools import partial
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mhc_jax.config import AttentionConfig, ModelConfig
+from mhc_jax.nn.indexer import Indexer
+from mhc_jax.nn.latent_attention import expanded_attention, latent_attention
 from mhc_jax.nn.linear import project
 from mhc_jax.nn.module import Module, Spec, normal
-from mhc_jax.nn.norm import rms_norm
+from mhc_jax.nn.norm import rms_norm, wide_dtype
 from mhc_jax.nn.rotary import rotate, softmax_temperature
 from mhc_jax.parallel.rules import Rules
 from mhc_jax.parallel.shards import on_token_shards
 from pallas_kernels.attention import dense_attention
-from pallas_kernels.visible import causal_span
+from pallas_kernels.indexer import dense_indexer_loss, select_pages, select_tokens, sparse_indexer_loss
+from pallas_kernels.sparse_attention import sparse_mla
+from pallas_kernels.visible import PAGE, Selected, Span, causal_span, tokens_of_pages
+
+
+class Report(NamedTuple):
+    """What attention tells beside its output."""
+
+    max_logit: Float[Array, ""]  # largest attention logit; no gradient
+    indexer_loss: Float[Array, ""]  # nats, summed over tokens: KL of the indexer from the attention; 0 without an indexer
+
+
+class LatentCache(NamedTuple):
+    """What decoding keeps of T earlier tokens."""
+
+    latent: Float[Array, "B T K+R"]  # normalised latent, and the rotated key shared by all heads
+    index_keys: Float[Array, "B T I"] | None  # of the indexer
+
+    @classmethod
+    def empty(cls, config: AttentionConfig, batch: int, capacity: int, dtype: jnp.dtype) -> "LatentCache":
+        """Room for `capacity` tokens of each of `batch` sequences."""
+        own = config.sparse
+        index_keys = None if own is None or own.stage == "warmup" else jnp.zeros((batch, capacity, own.index_dim), dtype)
+        return cls(jnp.zeros((batch, capacity, config.kv_rank + config.rope_dim), dtype), index_keys)
 
 
 class MLA(Module):
@@ -33,6 +58,7 @@ class MLA(Module):
     expand: Float[Array, "K H D+V"]  # latent to keys and values
     out: Float[Array, "H V C"]
     qk_scales: Float[Array, "2 D+R"] | None  # weights of the optional query and key norms
+    indexer: Indexer | None  # chooses keys; None: attention is dense
 
     SPECS: ClassVar = {
         "query": Spec(("embed", "heads", None), decay=True),
@@ -60,14 +86,70 @@ class MLA(Module):
         self.expand = normal(k_expand, (a.kv_rank, a.num_heads, a.nope_dim + a.value_dim), std)
         self.out = normal(k_out, (a.num_heads, a.value_dim, config.dim), std)
         self.qk_scales = jnp.ones((2, head)) if a.qk_norm else None
+        self.indexer = None if a.sparse is None else Indexer(config, jax.random.fold_in(key, 5))
         self.config: AttentionConfig = a
         self.norm_eps: float = config.norm_eps
 
+    @property
+    def scale(self) -> float:
+        """Of the logits, in either form: 1 / sqrt(D + R), times YaRN's temperature."""
+        return (self.config.nope_dim + self.config.rope_dim) ** -0.5 * softmax_temperature(self.config.rope)
+
     def __call__(
-        self, x: Float[Array, "B S C"], positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"]
-    ) -> tuple[Float[Array, "B S C"], Float[Array, ""]]:
-        """Attention output, and the largest attention logit (no gradient)."""
-        a, eps = self.config, self.norm_eps
+        self, x: Float[Array, "B S C"], positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"], rules: Rules = Rules()
+    ) -> tuple[Float[Array, "B S C"], Report]:
+        """Attention output of whole sequences, each token seeing its document up to itself."""
+        span = causal_span(segment_ids)
+        q_nope, q_rope, q_latent = self._queries(x, positions)
+        latent = self._latents(x, positions)
+        index = None
+        if self.indexer is not None:
+            # The indexer learns from its own loss alone, and nothing else learns from that.
+            detached, q_detached = jax.lax.stop_gradient((x, q_latent))
+            assert q_detached is not None
+            index = (*self.indexer.queries(detached, q_detached, positions), self.indexer.keys(detached, positions))
+        own = self.config.sparse
+        if own is None or own.stage == "warmup" or x.shape[1] <= own.top_k:  # up to top_k keys all of them are chosen
+            attended, tops, losses = self._dense((q_nope, q_rope, *self._expanded(latent)), span, index, rules)
+        else:
+            assert index is not None
+            attended, tops, losses = self._sparse((q_nope, q_rope, latent), span, index, rules)
+        return self._projected(attended), Report(jax.lax.stop_gradient(tops.max()), losses.sum())
+
+    def decode(
+        self, x: Float[Array, "B S C"], positions: Int[Array, "B S"], cache: LatentCache
+    ) -> tuple[Float[Array, "B S C"], LatentCache]:
+        """Attention output of S more tokens of each sequence, and the cache with them.
+
+        Row p of a cache is the token at position p, and a token sees the rows up to its own. A position beyond the cache writes nothing:
+        such tokens fill up sequences that are shorter than others, and their output means nothing.
+        """
+        q_nope, q_rope, q_latent = self._queries(x, positions)
+        rows = jnp.arange(x.shape[0])[:, None]
+
+        def written(kept: Array, new: Array) -> Array:
+            return kept.at[rows, positions].set(new.astype(kept.dtype), mode="drop", wrap_negative_indices=False)
+
+        latent = written(cache.latent, self._latents(x, positions))
+        cache = cache._replace(latent=latent)
+        span = Span(jnp.zeros_like(positions), jnp.minimum(positions + 1, latent.shape[1]))
+        if cache.index_keys is not None:
+            assert self.indexer is not None and q_latent is not None
+            index_keys = written(cache.index_keys, self.indexer.keys(x, positions))
+            cache = cache._replace(index_keys=index_keys)
+            selected = self._selected((*self.indexer.queries(x, q_latent, positions), index_keys), span)
+            attended = sparse_mla(
+                q_nope, q_rope, *self._ups(latent.dtype), latent, selected, span, scale=self.scale, pages=self._by_pages
+            ).out
+        elif self.qk_scales is None:
+            attended = latent_attention(q_nope, q_rope, *self._ups(latent.dtype), latent, span, scale=self.scale)
+        else:
+            attended = expanded_attention(q_nope, q_rope, *self._expanded(latent), span, scale=self.scale)
+        return self._projected(attended), cache
+
+    def _queries(self, x: Array, positions: Array) -> tuple[Float[Array, "B S H D"], Float[Array, "B S H R"], Float[Array, "B S Q"] | None]:
+        """Both parts of the queries, and the normalised latent that they were made from, if any."""
+        a, eps, q_latent = self.config, self.norm_eps, None
         if self.query is not None:
             q = project(x, self.query)
         else:
@@ -75,21 +157,83 @@ class MLA(Module):
             q_latent = rms_norm(project(x, self.query_down), self.query_norm, eps)
             q = project(q_latent, self.query_up)
         q_nope, q_rope = jnp.split(q, [a.nope_dim], axis=-1)
-
-        latent, k_rope = jnp.split(project(x, self.latent), [a.kv_rank], axis=-1)
-        latent = rms_norm(latent, self.latent_norm, eps)
-        k_nope, value = jnp.split(project(latent, self.expand), [a.nope_dim], axis=-1)
-
         if self.qk_scales is not None:
             # The two parts are normalised apart, so that the rotated key stays shared by all heads.
-            (q_nope_scale, k_nope_scale), (q_rope_scale, k_rope_scale) = jnp.split(self.qk_scales, [a.nope_dim], axis=-1)
-            q_nope, k_nope = rms_norm(q_nope, q_nope_scale, eps), rms_norm(k_nope, k_nope_scale, eps)
-            q_rope, k_rope = rms_norm(q_rope, q_rope_scale, eps), rms_norm(k_rope, k_rope_scale, eps)
+            q_nope, q_rope = (rms_norm(q, w, eps) for q, w in zip((q_nope, q_rope), jnp.split(self.qk_scales[0], [a.nope_dim])))
+        return q_nope, rotate(q_rope, positions, a.rope), q_latent
 
-        attend = partial(dense_attention, scale=(a.nope_dim + a.rope_dim) ** -0.5 * softmax_temperature(a.rope), query_block=a.query_block)
-        heads_first = (y.swapaxes(1, 2) for y in (q_nope, rotate(q_rope, positions, a.rope), k_nope, value))
-        q_nope, q_rope, k_nope, value = heads_first
-        args = (q_nope, q_rope, k_nope, rotate(k_rope, positions, a.rope), value, causal_span(segment_ids).first)
-        attended, _, top = on_token_shards(lambda *args: tuple(attend(*args)), Rules(), tokens=(0,) * 6, results=(0, 0, 0))(*args)
-        attended, largest = attended.swapaxes(1, 2), top.max()
-        return project(attended.reshape(*x.shape[:-1], -1), self.out.reshape(-1, x.shape[-1])), largest
+    def _latents(self, x: Array, positions: Array) -> Float[Array, "B S E"]:
+        """Of each token the normalised latent and the rotated key, E = K + R numbers."""
+        a, eps = self.config, self.norm_eps
+        latent, k_rope = jnp.split(project(x, self.latent), [a.kv_rank], axis=-1)
+        if self.qk_scales is not None:
+            k_rope = rms_norm(k_rope, self.qk_scales[1, a.nope_dim :], eps)
+        return jnp.concatenate([rms_norm(latent, self.latent_norm, eps), rotate(k_rope, positions, a.rope)], axis=-1)
+
+    def _expanded(self, latent: Array) -> tuple[Float[Array, "B S H D"], Float[Array, "B S R"], Float[Array, "B S H V"]]:
+        """Keys, rotated key and values of all heads."""
+        a = self.config
+        latent, k_rope = jnp.split(latent, [a.kv_rank], axis=-1)
+        k_nope, value = jnp.split(project(latent, self.expand), [a.nope_dim], axis=-1)
+        if self.qk_scales is not None:
+            k_nope = rms_norm(k_nope, self.qk_scales[1, : a.nope_dim], self.norm_eps)
+        return k_nope, k_rope, value
+
+    def _ups(self, dtype: jnp.dtype) -> tuple[Float[Array, "K H D"], Float[Array, "K H V"]]:
+        """What multiplies a latent into keys, and into values."""
+        key_up, value_up = jnp.split(self.expand.astype(dtype), [self.config.nope_dim], axis=-1)
+        return key_up, value_up
+
+    def _projected(self, attended: Float[Array, "B S H V"]) -> Float[Array, "B S C"]:
+        return project(attended.reshape(*attended.shape[:2], -1), self.out.reshape(-1, self.out.shape[-1]))
+
+    @property
+    def _by_pages(self) -> bool:
+        return self.config.sparse is not None and self.config.sparse.granularity == "page"
+
+    def _selected(self, index: tuple[Array, Array, Array], span: Span) -> Selected:
+        """The keys, or pages of keys, that the indexer's queries, weights and keys choose."""
+        own = self.config.sparse
+        assert own is not None
+        q, weight, k = index
+        if self._by_pages:
+            return select_pages(q, k, weight, span, own.top_k // PAGE, query_chunk=own.query_chunk)
+        return select_tokens(q, k, weight, span, own.top_k, query_chunk=own.query_chunk)
+
+    def _dense(self, args: tuple[Array, ...], span: Span, index: tuple[Array, ...] | None, rules: Rules) -> tuple[Array, Array, Array]:
+        """Output [B, S, H, V], largest logit of each row of sequences, and the indexer's loss on each shard."""
+        a = self.config
+
+        def attend(q_nope, q_rope, k_nope, k_rope, value, first, *index):
+            q_nope, q_rope, k_nope, value = (x.swapaxes(1, 2) for x in (q_nope, q_rope, k_nope, value))  # heads before positions
+            given = q_nope, q_rope, k_nope, k_rope
+            found = dense_attention(*given, value, first, scale=self.scale, query_block=a.query_block)
+            loss = jnp.zeros((), wide_dtype(q_nope))
+            if index and a.sparse is not None:
+                q, weight, k = index
+                detached = jax.lax.stop_gradient((*given, found.log_total))
+                loss = dense_indexer_loss(q, k, weight, *detached, first, scale=self.scale, query_chunk=a.sparse.query_chunk)
+            return found.out.swapaxes(1, 2), found.top.max(axis=(1, 2)), loss[None]
+
+        given = *args, span.first, *(index or ())
+        return on_token_shards(attend, rules, tokens=(0,) * len(given), results=(0, 0, 0))(*given)
+
+    def _sparse(self, args: tuple[Array, ...], span: Span, index: tuple[Array, ...], rules: Rules) -> tuple[Array, Array, Array]:
+        """The same over the keys that the indexer chooses."""
+        assert self.config.sparse is not None
+        chunk = self.config.sparse.query_chunk
+
+        def attend(key_up, value_up, q_nope, q_rope, latent, first, stop, q, weight, k):
+            span = Span(first, stop)
+            selected = self._selected(jax.lax.stop_gradient((q, weight, k)), span)
+            found = sparse_mla(
+                q_nope, q_rope, key_up, value_up, latent, selected, span, scale=self.scale, pages=self._by_pages, query_chunk=chunk
+            )
+            tokens = tokens_of_pages(selected, span) if self._by_pages else selected
+            detached = jax.lax.stop_gradient((q_nope, q_rope, key_up, latent))
+            loss = sparse_indexer_loss(q, k, weight, *detached, tokens, scale=self.scale, query_chunk=chunk)
+            return found.out, found.top.max(axis=(1, 2)), loss[None]
+
+        given = *args, *span, *index
+        sharded = on_token_shards(attend, rules, tokens=(None, None, *(0,) * len(given)), results=(0, 0, 0))
+        return sharded(*self._ups(args[0].dtype), *given)

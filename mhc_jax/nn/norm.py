@@ -1,4 +1,4 @@
-"""RMSNorm (arXiv 1910.07467), always computed in float32 or wider."""
+"""RMSNorm (arXiv 1910.07467) and LayerNorm (arXiv 1607.06450), always computed in float32 or wider."""
 
 import jax
 import jax.numpy as jnp
@@ -26,3 +26,10 @@ def rms_norm(x: Float[Array, "... C"], weight: Float[Array, "C"] | None, eps: fl
     if weight is not None:
         y = y * jnp.expand_dims(weight, range(y.ndim - 1))
     return y.astype(x.dtype)
+
+
+def layer_norm(x: Float[Array, "... C"], weight: Float[Array, "C"], bias: Float[Array, "C"], eps: float) -> Float[Array, "... C"]:
+    """(x - mean) over its standard deviation, times `weight`, plus `bias`; returns x's type."""
+    centred = wide(x) - jnp.mean(wide(x), axis=-1, keepdims=True)
+    weight, bias = (jnp.expand_dims(v, range(x.ndim - 1)) for v in (weight, bias))
+    return (centred * inverse_rms(centred, eps) * weight + bias).astype(x.dtype)

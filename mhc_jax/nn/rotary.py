@@ -1,4 +1,4 @@
-"""Rotary position embedding with YaRN, on interleaved pairs as DeepSeek's attention uses it.
+"""Rotary position embedding with YaRN, on interleaved pairs as DeepSeek's attention uses it, or on halves as its indexer does.
 
 Sources: RoFormer (arXiv 2104.09864), YaRN (arXiv 2309.00071, section 3.2) with the settings of DeepSeek-V3 (arXiv 2412.19437, 4.3).
 """
@@ -37,11 +37,18 @@ def softmax_temperature(rope: RopeConfig) -> float:
     return (0.1 * rope.mscale * math.log(rope.yarn_factor) + 1.0) ** 2
 
 
-def rotate(x: Float[Array, "B S *heads dim"], positions: Int[Array, "B S"], rope: RopeConfig) -> Float[Array, "B S *heads dim"]:
-    """Rotates the pairs (x[2i], x[2i+1]) by position times frequency, in float32 or wider; the result has x's type."""
+def rotate(
+    x: Float[Array, "B S *heads dim"], positions: Int[Array, "B S"], rope: RopeConfig, *, interleaved: bool = True
+) -> Float[Array, "B S *heads dim"]:
+    """Rotates pairs by position times frequency, in float32 or wider; the result has x's type.
+
+    Pair i is (x[2i], x[2i+1]) where they are interleaved, else (x[i], x[i + dim/2]).
+    """
     wide_type = wide_dtype(x)
     angle = positions.astype(wide_type)[..., None] * jnp.asarray(frequencies(x.shape[-1], rope), wide_type)[None, None]
     angle = angle.reshape(*angle.shape[:2], *(1,) * (x.ndim - 3), angle.shape[-1])
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape).astype(x.dtype)
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else jnp.split(x, 2, axis=-1)
+    turned = first * cos - second * sin, first * sin + second * cos
+    y = jnp.stack(turned, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(turned, axis=-1)
+    return y.astype(x.dtype)

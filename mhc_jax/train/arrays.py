@@ -50,7 +50,7 @@ class HostArray:
 
 def to_host(tree: Any, rows: Mapping[str, int] = NO_ROWS) -> list[HostArray]:
     """Copies a tree of arrays; returns when the copies are complete."""
-    named = [(_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    named = [(name_of(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
     for _, leaf in named:
         if isinstance(leaf, jax.Array):
             leaf.copy_to_host_async()
@@ -120,14 +120,16 @@ def read(folder: epath.Path, like: Any, rows: Mapping[str, int] = NO_ROWS) -> An
       UserError: an array of those in `rows` has another shape. The rows of a table are known by hashes that depend on its size.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-    named = [(_name(path), leaf) for path, leaf in leaves]
+    named = [(name_of(path), leaf) for path, leaf in leaves]
     opening = {name: ts.open(_spec(folder, name), open=True, read=True) for name, _ in named}
     stores = [_result(future, name) for name, future in opening.items()]
     reading = [_start(store, name, leaf, rows.get(name)) for store, (name, leaf) in zip(stores, named)]
     return jax.tree.unflatten(structure, [_placed(parts, name, leaf, rows.get(name)) for parts, (name, leaf) in zip(reading, named)])
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def name_of(path: tuple[Any, ...]) -> str:
+    """The name of an array on disk by its path in the tree."""
+
     def keys() -> Iterator[str]:
         for key in path:
             yield str(key.key if isinstance(key, jax.tree_util.DictKey) else key.idx)

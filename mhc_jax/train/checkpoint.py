@@ -150,7 +150,7 @@ class Checkpoints:
     def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Reads one checkpoint and compares it with what was saved; in every process with the same outcome."""
         path = self._folder / str(step)
-        content = self._agreed(lambda: _read_about(path / steps.ABOUT))
+        content = self._agreed(lambda: read_about(path / steps.ABOUT))
         check_same_config(configs.from_json(content["config"]), self._config, f"the checkpoint of step {step}")
         tree = self._agreed(lambda: on_disk.read(path / "state", _plain(like), self._rows))
         found, saved = fingerprints(tree), content["fingerprints"]
@@ -194,13 +194,13 @@ class Checkpoints:
         found = steps.complete(self._folder)
         for step in set(found) - set(self._losses):
             try:
-                self._losses[step] = _read_about(self._folder / str(step) / steps.ABOUT)["heldout_loss"]
+                self._losses[step] = read_about(self._folder / str(step) / steps.ABOUT)["heldout_loss"]
             except Damaged:
                 self._losses[step] = None  # said when the run would resume from it
         return {step: self._losses[step] for step in found}
 
 
-def _read_about(path: epath.Path) -> dict[str, Any]:
+def read_about(path: epath.Path) -> dict[str, Any]:
     """The content of about.json, when it is what was saved."""
     try:
         about = json.loads(path.read_bytes())

@@ -27,6 +27,7 @@ from mhc_jax.train.fits import check_fits
 from mhc_jax.train.folder import finished, full_disk_is_told
 from mhc_jax.train.host_tables import DeviceTables, open_tables
 from mhc_jax.train.metrics import MetricsWriter, losses_until
+from mhc_jax.train.parameters import TOKENIZER_FILE, begun_from, check_begin
 from mhc_jax.train.position import SharedPosition
 from mhc_jax.train.preemption import Preemption
 from mhc_jax.train.programs import Programs, compile_programs, evaluate
@@ -62,6 +63,7 @@ def train(config: Config, folder: AnyPath, *, say: Say = print, profile: bool = 
         mesh, rules = make_mesh(config.mesh), Rules()
         check_fits(config, mesh)
         data = prepare(config.data, config.model.vocab_size, progress=say)
+        check_begin(config, data)
         tables = open_tables(config, mesh, rules)
         artifact = None if config.model.engram is None else open_artifact(folder, config.model.engram, data)
         batches, heldout = _open_data(config, data, None if artifact is None else NgramHash(artifact), tables)
@@ -70,6 +72,7 @@ def train(config: Config, folder: AnyPath, *, say: Say = print, profile: bool = 
             if first:  # only now, so that a config refused above does not claim the folder
                 write_json(folder / "config.json", configs.to_json(config))
                 write_atomically(folder / "config.txt", configs.to_text(config))
+                write_atomically(folder / TOKENIZER_FILE, data.sources[0].tokenizer.read_text(encoding="utf-8"))
                 if artifact is not None:
                     save_artifact(artifact, folder / ENGRAM_FILE)
             with Checkpoints(folder, config, say) as checkpoints:
@@ -129,6 +132,9 @@ class _Run:
         """Takes the newest checkpoint's state and data position, or the initial ones."""
         restored = self.checkpoints.restore(self.tables.like(initial))
         self._resumed = restored is not None
+        if restored is None and self.config.train.init_from is not None:
+            initial, taken = begun_from(initial, self.config)
+            self.say(taken)
         state, position = restored or (initial, self._first_position)
         self.state = self.tables.start(state, self.heldout)
         self.batches.set_state(position)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from mhc_jax.config import OptimizerConfig
 from mhc_jax.nn.decoder import Decoder, streams_start_equal
 from mhc_jax.nn.module import Spec, specs
+from mhc_jax.train.stages import of_indexer
 
 # Of DeepSeek-V4's Muon (arXiv 2606.19348): momentum, and the root mean square that an update is scaled to, like that of AdamW's.
 MUON_BETA = 0.95
@@ -41,8 +42,14 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
     )
 
 
-def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """What `optimizer.kind` names: turns clipped gradients into a direction, which the learning rate scales."""
+def optimizer(config: OptimizerConfig, *, only_indexer: bool = False) -> optax.GradientTransformation:
+    """What `optimizer.kind` names: turns clipped gradients into a direction, which the learning rate scales.
+
+    With `only_indexer` everything else gets no direction, no decay and no moments.
+    """
+    if only_indexer:
+        parts = {"trained": optimizer(config), "frozen": optax.set_to_zero()}
+        return optax.partition(parts, lambda model: jax.tree.map(lambda own: "trained" if own else "frozen", of_indexer(model)))
     if config.kind == "adamw":
         return adamw(config)
     of_matrices = optax.contrib.muon(

@@ -77,16 +77,18 @@ def evaluate(programs: Programs, state: TrainState, heldout: Iterable[Any]) -> t
       heldout: the arguments of `Programs.eval_step` after the state, for each batch.
     """
     results = [programs.eval_step(state, *inputs) for inputs in heldout]
-    loss = sum(float(total) for total, _, _ in results) / sum(int(count) for _, count, _ in results)
-    arrays = {name: np.asarray(value) for name, value in results[0][2]._asdict().items()}
+    loss = sum(float(part.loss) for part in results) / sum(int(part.targets) for part in results)
+    arrays = {name: np.asarray(value) for name, value in results[0].stability._asdict().items()}
     scalars = {
         "loss": loss,
-        "max_attention_logit": max(float(s.max_attention_logit.max()) for _, _, s in results),
+        "max_attention_logit": max(float(part.stability.max_attention_logit.max()) for part in results),
         "gain_forward": float(arrays["gain_forward_composite"].max()),
         "gain_backward": float(arrays["gain_backward_composite"].max()),
         "row_error": float(arrays["row_error"].max()),
         "column_error": float(arrays["column_error"].max()),
     }
+    if results[0].indexer_loss is not None:
+        scalars["indexer_loss"] = sum(float(part.indexer_loss) for part in results) / len(results)
     return loss, scalars, arrays
 
 

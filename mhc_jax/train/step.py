@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -31,6 +30,7 @@ from mhc_jax.train.memory import (
     updated_memory,
 )
 from mhc_jax.train.optimizer import learning_rate, optimizer, update_mask
+from mhc_jax.train.stages import clip, only_indexer
 
 Batch = dict[str, Int[Array, "B S *more"]]
 
@@ -57,13 +57,15 @@ class StepMetrics(NamedTuple):
     max_attention_logit: Float[Array, ""]
     expert_load_max: Float[Array, ""]
     skipped: Float[Array, ""]
+    indexer_loss: Float[Array, ""] | None = None  # with sparse attention only
+    indexer_grad_norm: Float[Array, ""] | None = None
     table_overflow: Int[Array, ""] | None = None  # with Engram only
 
 
 def initial_state(config: Config) -> TrainState:
     """Parameters from the config's seed, an empty optimizer, biases at zero. Tables in host memory are made elsewhere (host_tables)."""
     model = Decoder(config.model, jax.random.key(config.train.seed))
-    moments = optimizer(config.optimizer).init(model)
+    moments = optimizer(config.optimizer, only_indexer=only_indexer(config.model)).init(model)
     zero = jnp.zeros((), jnp.int32)
     tables = None if on_host(config) else initial_memory(config)
     return TrainState(model, moments, initial_router_bias(config.model), zero, zero, tables)
@@ -92,40 +94,52 @@ def state_shardings(config: Config, mesh: Mesh, rules: Rules) -> Any:
     return TrainState._make((of_model, of_optimizer, whole, whole, whole, of_tables))
 
 
-def gradients(
-    state: TrainState, batch: Batch, config: Config, rules: Rules, memory: tuple[Array, ...] = ()
-) -> tuple[tuple[Decoder, tuple[Array, ...]], Float[Array, ""], Float[Array, ""], Float[Array, ""], Int[Array, "L_moe E"]]:
-    """Gradients of the mean loss over the batch, and its loss, balance loss, largest attention logit and expert load.
+class Gradients(NamedTuple):
+    """Gradients of the mean loss over a batch, and what its layers told."""
 
-    The gradients are those of the network and of `memory`, what the batch read from tables: each token's own, not summed over rows.
+    model: Decoder
+    memory: tuple[Float[Array, "B S d_mem"], ...]  # of what the batch read from tables: each token's own, not summed over rows
+    loss: Float[Array, ""]
+    balance_loss: Float[Array, ""]
+    indexer_loss: Float[Array, ""]  # nats a token, mean over layers
+    max_attention_logit: Float[Array, ""]
+    expert_load: Int[Array, "L_moe E"]
+
+
+def gradients(state: TrainState, batch: Batch, config: Config, rules: Rules, memory: tuple[Array, ...] = ()) -> Gradients:
+    """Of the loss, the balance loss and the indexer's, with respect to network and `memory`; of the last alone where the rest is frozen.
+
     Microbatches are weighted by their numbers of targets, so that any number of them gives the gradients of the whole batch.
     """
     parts = config.train.microbatches
     targets = jnp.maximum((batch["targets"] >= 0).sum(), 1)
+    tokens, frozen = batch["tokens"].size, only_indexer(config.model)
 
     def objective(learnt: tuple[Decoder, tuple[Array, ...]], part: Batch):
         model, memory = learnt
         total, _, aux = batch_loss(model, part, state.router_bias, memory=memory, rules=rules)
-        loss, balance = total / targets, aux.balance_loss / parts
-        return loss + balance, (loss, balance, aux.max_attention_logit.max(), aux.expert_load)
+        loss, balance, indexer = total / targets, aux.balance_loss / parts, aux.indexer_loss / tokens
+        # Each layer's indexer has its own loss, so their sum trains each as if it were alone.
+        own = indexer.sum() if frozen else loss + balance + indexer.sum()
+        return own, (loss, balance, indexer.mean(), aux.max_attention_logit.max(), aux.expert_load)
 
     differentiate = jax.grad(objective, has_aux=True)
     if parts == 1:
-        grads, aux = differentiate((state.model, memory), batch)
-        return grads, *aux
+        grads, told = differentiate((state.model, memory), batch)
+        return Gradients(*grads, *told)
 
     # Microbatch m takes every parts-th sequence: the batch axis, which devices share, stays in one piece.
     split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), (batch, memory))
 
     def accumulate(carry, part):
         (sums, largest), (part, memory) = carry, part
-        (grads, of_memory), (loss, balance, logit, load) = differentiate((state.model, memory), part)
-        return (jax.tree.map(jnp.add, sums, (grads, loss, balance, load)), jnp.maximum(largest, logit)), of_memory
+        (grads, of_memory), (loss, balance, indexer, logit, load) = differentiate((state.model, memory), part)
+        return (jax.tree.map(jnp.add, sums, (grads, loss, balance, indexer, load)), jnp.maximum(largest, logit)), of_memory
 
-    zeros = (jax.tree.map(jnp.zeros_like, state.model), jnp.zeros(()), jnp.zeros(()), jnp.zeros(state.router_bias.shape, jnp.int32))
-    ((grads, loss, balance, load), largest), of_memory = jax.lax.scan(accumulate, (zeros, jnp.array(-jnp.inf)), split)
+    zeros = (jax.tree.map(jnp.zeros_like, state.model), *(jnp.zeros(()),) * 3, jnp.zeros(state.router_bias.shape, jnp.int32))
+    ((grads, loss, balance, indexer, load), largest), of_memory = jax.lax.scan(accumulate, (zeros, jnp.array(-jnp.inf)), split)
     of_memory = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), of_memory)
-    return (grads, of_memory), loss, balance, largest, load
+    return Gradients(grads, of_memory, loss, balance, indexer, largest, load)
 
 
 def train_step(state: TrainState, batch: Batch, *, config: Config, rules: Rules) -> tuple[TrainState, StepMetrics]:
@@ -155,44 +169,55 @@ def _stepped(
     of_rows: tuple[RowGradients, ...] = ()  # for the optimizer of the tables on the devices
     of_host: tuple[RowGradients, ...] = ()
     memory, overflow = read(state.memory, rows, config, rules) if host is None else read_with_host(state.memory, host, config, rules)
-    (grads, of_memory), loss, balance, largest, load = gradients(state, batch, config, rules, memory)
-    grads = jax.tree.map(jnp.multiply, grads, update_mask(state.model))
+    found = gradients(state, batch, config, rules, memory)
+    grads = jax.tree.map(jnp.multiply, found.model, update_mask(state.model))
     if host is not None:
-        of_rows, of_host = gradients_with_host(host, of_memory, config, rules)
+        of_rows, of_host = gradients_with_host(host, found.memory, config, rules)
     elif rows is not None:
-        of_rows = gradients_of_rows(rows, of_memory, config, rules)
-    norm = optax.tree.norm((grads, [g.values for g in (*of_rows, *of_host)]))
-    limit = config.optimizer.clip_norm
-    scale = jnp.minimum(1.0, limit / jnp.maximum(norm, limit))
+        of_rows = gradients_of_rows(rows, found.memory, config, rules)
+    clipping = clip(grads, [g.values for g in (*of_rows, *of_host)], config)
     rate = learning_rate(config.optimizer, config.train.steps)(state.step)
+    frozen, load = only_indexer(config.model), found.expert_load
 
     def updated(model: Decoder, moments: Any, router_bias: Array, memory: Memory | None) -> tuple[Decoder, Any, Array, Memory | None]:
-        clipped = jax.tree.map(lambda g: g * scale, grads)
-        directions, moments = optimizer(config.optimizer).update(clipped, moments, model)
+        directions, moments = optimizer(config.optimizer, only_indexer=frozen).update(clipping.of_model(grads), moments, model)
         model = jax.tree.map(lambda p, d: p - rate * d, model, directions)
+        if frozen:
+            return model, moments, router_bias, memory
         if memory is not None:
-            memory = updated_memory(memory, of_rows, rate, scale, config, rules)
+            memory = updated_memory(memory, of_rows, rate, clipping.scale, config, rules)
         return model, moments, updated_bias(router_bias, load, config.model.moe.bias_rate), memory
 
     # The whole update stands in the branch, where XLA does it in place. Choosing afterwards between the old and the new state, by a branch
     # or for each element, needs both: a second copy of the state, by the compiler's count.
-    good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    good = jnp.isfinite(found.loss) & clipping.finite
     moved = (state.model, state.optimizer, state.router_bias, state.memory)
     model, moments, router_bias, tables = jax.lax.cond(good, updated, lambda *old: old, *moved)
     new = TrainState(model, moments, router_bias, state.step + 1, jnp.where(good, 0, state.skipped_in_row + 1), tables)
     mean_load = jnp.maximum(load.mean(axis=-1, keepdims=True), 1.0)
     metrics = StepMetrics(
-        loss=loss,
-        balance_loss=balance,
-        grad_norm=norm,
-        clipped=(norm > limit).astype(jnp.float32),
+        loss=found.loss,
+        balance_loss=found.balance_loss,
+        grad_norm=clipping.norm,
+        clipped=clipping.clipped,
         learning_rate=rate,
-        max_attention_logit=largest,
+        max_attention_logit=found.max_attention_logit,
         expert_load_max=(load / mean_load).max(initial=0.0),
         skipped=1.0 - good,
         table_overflow=None if config.model.engram is None else overflow,
+        indexer_loss=None if config.model.attention.sparse is None else found.indexer_loss,
+        indexer_grad_norm=clipping.indexer_norm,
     )
-    return new, metrics, tuple(own._replace(values=scale * own.values) for own in of_host)
+    return new, metrics, tuple(own._replace(values=clipping.scale * own.values) for own in of_host)
+
+
+class Evaluation(NamedTuple):
+    """Of one held-out batch."""
+
+    loss: Float[Array, ""]  # nats, summed over the targets
+    targets: Int[Array, ""]
+    indexer_loss: Float[Array, ""] | None  # nats a token, mean over layers; with sparse attention only
+    stability: Stability  # of its first sequence
 
 
 def eval_step(
@@ -204,14 +229,15 @@ def eval_step(
     *,
     config: Config,
     rules: Rules,
-) -> tuple[Array, Array, Stability]:
-    """Summed loss in nats and number of targets of a held-out batch, and the stability measures of its first sequence.
+) -> Evaluation:
+    """Loss and stability measures of a held-out batch.
 
     `host` is as in `train_step_with_host`.
     """
     values, _ = read(memory, batch.get("engram_rows"), config, rules) if host is None else read_with_host(memory, host, config, rules)
     total, count, aux = batch_loss(model, batch, router_bias, memory=values, rules=rules, trace=True)
-    return total, count, stability(aux)
+    indexer = None if config.model.attention.sparse is None else aux.indexer_loss.mean() / batch["tokens"].size
+    return Evaluation(total, count, indexer, stability(aux))
 
 
 def compile_train_step(

@@ -9,6 +9,7 @@ import pytest
 from indexers import Indexer, indexer, scores_of
 
 from pallas_kernels import indexer as package
+from pallas_kernels.indexer import tpu
 from pallas_kernels.indexer.tpu import tile
 from pallas_kernels.visible import Span
 
@@ -71,3 +72,22 @@ def test_what_the_kernels_cannot_take_is_named():
         package.index_scores(*indexer(1, 3, 40, 2, SIZE, jnp.bfloat16), **OPTIONS)
     with pytest.raises(ValueError, match="q is float32; the kernels take bfloat16"):
         package.index_scores(*indexer(1, 20, 40, 2, SIZE), **OPTIONS)
+
+
+@pytest.mark.parametrize(("keys", "count"), [(5000, 300), pytest.param(4096, 256, marks=pytest.mark.slow)])
+def test_the_largest_are_found_in_order(keys, count):
+    """Rows of distinct scores, of few values, of one, of negative ones, with fewer than count that are not -inf, with extreme numbers."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 9, keys)).astype(np.float32)
+    x[0, 1] = np.round(x[0, 1]) + 0.0
+    x[0, 2] = 0
+    x[0, 3, 100:] = -np.inf
+    x[0, 4] = -np.inf
+    x[0, 5] = -np.abs(x[0, 5])
+    x[0, 6] = 0.0 - np.round(np.abs(x[0, 6]) * 2)
+    x[0, 7] = np.where(np.arange(keys) % 2, np.finfo(np.float32).min, np.finfo(np.float32).max)
+    x[0, 8, : count // 2], x[0, 8, count // 2 :] = np.finfo(np.float32).min, -np.inf
+    got = jax.jit(partial(tpu.top_indices, count=count, interpret=True))(jnp.asarray(x))
+    for row, found in zip(x[0], np.asarray(got)[0]):
+        wanted = np.sort([t for t in np.argsort(-row, kind="stable")[:count] if row[t] > -np.inf])
+        np.testing.assert_array_equal(found, np.pad(wanted, (0, count - len(wanted)), constant_values=keys).astype(int))
