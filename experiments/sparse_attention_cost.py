@@ -1,10 +1,15 @@
 """What does sparse attention cost over the position of a token, beside dense attention? The study `mhc-jax study sparse_attention_cost`.
 
-Counted from DeepSeek-V3.2's config, and held against what DeepSeek published of its service. The folder's report is rewritten each time.
+Counted from DeepSeek-V3.2's config, held against what DeepSeek published of its service, and modelled for TPUs by their compiler.
 """
+
+from collections.abc import Sequence
 
 from mhc_jax.configs.sparse import deepseek_v32
 from mhc_jax.experiments.attention_counts import Counts, decode_counts, prefill_counts
+from mhc_jax.experiments.attention_memory import weigh_all
+from mhc_jax.experiments.attention_modelled import measure_all, model_all
+from mhc_jax.experiments.attention_tables import memory_blocks, times_blocks
 from mhc_jax.experiments.document import Block, Code, Heading, Items, Paragraph, Picture, Table
 from mhc_jax.experiments.published_costs import DECODE, PREFILL, SOURCE, K, Published, rate
 from mhc_jax.experiments.sparse_attention_figures import counted_figure, published_figure, short
@@ -16,8 +21,16 @@ LENGTHS = (4 * K, 32 * K, 128 * K, 1024 * K)
 
 
 def run(folder: AnyPath, command: str, say: Say) -> None:
-    """Writes the report."""
-    write_study(folder, "Cost of sparse attention over position", [*counted_blocks(), Code(command)], say)
+    """Writes the report with what is counted, and again when the rest is modelled, which may take an hour the first time."""
+    counted = counted_blocks()
+
+    def write(blocks: Sequence[Block], say: Say) -> None:
+        write_study(folder, "Cost of sparse attention over position", [*counted, *blocks, Code(command)], say)
+
+    write([], lambda line: None)
+    measured = times_blocks(measure_all(folder, say), "measured")
+    memory = memory_blocks(weigh_all(folder, say))
+    write([*times_blocks(model_all(folder, say), "modelled"), *measured, *memory], say)
 
 
 def counted_blocks() -> list[Block]:

@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from mhc_jax.experiments.attention_counts import Counts
+from mhc_jax.experiments.attention_modelled import WHOLE
+from mhc_jax.experiments.attention_times import Times
 from mhc_jax.experiments.published_costs import DECODE, PREFILL, K, Published, priced
 from mhc_jax.experiments.style import WIDTH
 
@@ -22,7 +24,7 @@ def short(tokens: float) -> str:
     if tokens >= 2**20:
         return f"{tokens / 2**20:g}M"
     thousands = tokens / K
-    return f"{thousands:.0f}K" if thousands >= 10 or thousands == round(thousands) else f"{thousands:.1f}K"
+    return f"{thousands:.0f}K" if thousands >= 10 else f"{round(thousands, 1):g}K"
 
 
 def position_axis(axes: Axes, first: float, last: float) -> None:
@@ -83,4 +85,34 @@ def published_figure(counts: Mapping[str, Counts], layers: int) -> Figure:
         axes.set_xlabel("position of the token")
     panels[0].set_ylabel("dollars a million tokens")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    return figure
+
+
+def times_figure(times: Mapping[str, Times], how: str) -> Figure:
+    """Microseconds a token of a whole sequence in one layer, "modelled" or "measured", over its length, a panel for each chip."""
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(times), sharey=True, squeeze=False)[0]
+    x = np.geomspace(2 * K, LAST, 200)
+    for axes, (chip, own) in zip(panels, times.items()):
+        for label, total, color in (
+            ("dense attention", own.dense, DENSE),
+            ("sparse, chosen tokens", own.tokens, TOKEN),
+            ("sparse, chosen pages", own.pages, PAGES),
+        ):
+            if total(1.0) is None:
+                continue
+            axes.plot(x, [(total(s) or np.nan) / s for s in x], color=color, label=f"{label} ({how})")
+            if total != own.tokens:
+                axes.plot(WHOLE, [(total(s) or np.nan) / s for s in WHOLE], "o", color=color, markersize=4)
+        for granularity, color, height in (("tokens", TOKEN, 0.9), ("pages", PAGES, 0.96)):
+            if (here := own.break_even(granularity)) is not None and 2 * K < here <= LAST:
+                axes.axvline(here, color=color, linewidth=0.8)
+                axes.text(here / 1.08, height, short(here), color=color, ha="right", transform=axes.get_xaxis_transform())
+        axes.set_yscale("log")
+        axes.set_title(chip)
+        position_axis(axes, 2 * K, LAST)
+        axes.set_xlabel("tokens of the sequence")
+    panels[0].set_ylabel("microseconds a token and layer")
+    handles = max((axes.get_legend_handles_labels() for axes in panels), key=lambda found: len(found[1]))
+    figure.legend(*handles, loc="outside upper center", ncols=3)
     return figure
