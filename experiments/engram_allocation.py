@@ -11,6 +11,7 @@ from mhc_jax.config import Config, override
 from mhc_jax.configs.laptop import laptop
 from mhc_jax.engram_config import EngramConfig
 from mhc_jax.experiments.runs import Run, RunList
+from mhc_jax.nn.count import idle_experts
 
 NAME = "engram_allocation"
 BASELINE = "rho 1"
@@ -44,12 +45,10 @@ def base() -> Config:
 def budget() -> Budget:
     """The sparse parameters of `base`, and what a memory in LAYERS adds to the active ones."""
     m = base().model
-    of_expert = 3 * m.dim * m.moe.expert_dim
     n, width = m.connections.streams, 2 * HEADS * HEAD_DIM
     # keys and value, gains of queries and keys, convolution and its gain
     of_layer = width * (n + 1) * m.dim + 2 * n * m.dim + 5 * n * m.dim
-    idle = (m.moe.num_experts - m.moe.top_k) * of_expert * (m.num_layers - m.dense_layers)
-    return Budget(idle, of_layer * len(LAYERS))
+    return Budget(idle_experts(m), of_layer * len(LAYERS))
 
 
 def engram(share: float) -> EngramConfig:

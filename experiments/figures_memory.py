@@ -11,7 +11,7 @@ from mhc_jax.experiments.formats import percent
 from mhc_jax.experiments.memory_records import TableUse
 from mhc_jax.experiments.results import Results, Variant
 from mhc_jax.experiments.style import WIDTH
-from mhc_jax.nn.count import count_parameters
+from mhc_jax.nn.count import count_parameters, idle_experts
 
 TOKENS = 64  # of the text that the gates are drawn over
 PER_ROW = 16  # tokens of one row of that figure
@@ -29,7 +29,7 @@ PUBLISHED = (
 def expert_share(config: Config) -> float:
     """rho: routed experts' share of the parameters that a token does not use."""
     m = config.model
-    idle = 3 * m.dim * m.moe.expert_dim * (m.moe.num_experts - m.moe.top_k) * (m.num_layers - m.dense_layers)
+    idle = idle_experts(m)
     return idle / (idle + count_parameters(m).table)
 
 

@@ -340,6 +340,8 @@ def _check_sources(data: DataConfig) -> None:
             raise UserError(f"data.weights holds {weight}; every weight must be a positive finite number")
     if not data.text_field:
         raise UserError("data.text_field is empty; name the field or column that holds the text")
+    if data.tokenizer == "":
+        raise UserError("data.tokenizer is empty; give the path of a tokenizer.json, or None to train a tokenizer")
 
 
 def _divides(path: str, part: int, whole_path: str, whole: int) -> None:

@@ -26,8 +26,8 @@ class Selected(NamedTuple):
     count: int32 [B, Q].
     """
 
-    index: jax.Array
-    count: jax.Array
+    index: jax.Array  # type: ignore[assignment]  # a tuple has methods of these names
+    count: jax.Array  # type: ignore[assignment]
 
     @property
     def valid(self) -> jax.Array:

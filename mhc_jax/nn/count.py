@@ -27,7 +27,12 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     sizes = {name: int(np.prod(leaf.shape)) for name, leaf in named_parameters(model)}
     table = 0 if config.engram is None else sum(table_rows(config.engram)) * config.engram.head_dim
     total = sum(sizes.values()) + table
-    routed = sum(size for name, size in sizes.items() if name in ("moe_layers.ffn.inner", "moe_layers.ffn.out"))
-    idle = routed - routed * config.moe.top_k // config.moe.num_experts
     connection = sum(size for name, size in sizes.items() if "connection." in name or name.startswith("head."))
-    return ParameterCount(total=total, active=total - sizes["embedding"] - idle - table, connection=connection, table=table)
+    active = total - sizes["embedding"] - idle_experts(config) - table
+    return ParameterCount(total=total, active=active, connection=connection, table=table)
+
+
+def idle_experts(config: ModelConfig) -> int:
+    """Parameters of the routed experts that one token does not visit, over all layers: three matrices an expert."""
+    idle = config.moe.num_experts - config.moe.top_k
+    return 3 * config.dim * config.moe.expert_dim * idle * (config.num_layers - config.dense_layers)

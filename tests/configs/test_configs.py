@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small import BASE, KINDS, small
+from small import BASE, KINDS, make, small
 
 from mhc_jax.config import difference, fields, from_json, override, to_json, to_text
 from mhc_jax.configs import CONFIGS, get
 from mhc_jax.engram_config import EngramConfig
 from mhc_jax.errors import UserError
-from mhc_jax.nn.count import count_parameters
+from mhc_jax.nn.count import count_parameters, idle_experts
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -93,8 +93,10 @@ def test_connection_parameters_are_counted_by_formula(kind):
 def test_active_parameters_leave_out_the_embedding_and_idle_experts():
     model = small()
     count = count_parameters(model)
-    idle = (model.moe.num_experts - model.moe.top_k) * 3 * model.dim * model.moe.expert_dim * 2
+    experts = make(model).moe_layers.ffn
+    idle = (experts.inner.size + experts.out.size) * (model.moe.num_experts - model.moe.top_k) // model.moe.num_experts
     assert count.active == count.total - model.vocab_size * model.dim - idle
+    assert idle_experts(model) == idle
 
 
 BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -116,6 +118,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["data.weights holds a value that is not a number"],
     ),
     "no text field": ({"data.text_field": ""}, ["data.text_field is empty"]),
+    "no tokenizer": ({"data.tokenizer": ""}, ["data.tokenizer is empty", "tokenizer.json"]),
     "negative bad records": ({"data.max_bad_records": -1}, ["data.max_bad_records is -1"]),
     "falling decay points": ({"optimizer.decay_points": (0.9, 0.8)}, ["optimizer.decay_points is (0.9, 0.8)"]),
     "too many dense layers": ({"model.dense_layers": 4}, ["model.dense_layers is 4", "model.num_layers = 3"]),

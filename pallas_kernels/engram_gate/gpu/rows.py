@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gpu.launch import MULTIPROCESSORS, SHARED_MEMORY, Tile, layout
 
 LANES = 128
+MOST_WIDTH = 256 * LANES  # elements of one copy
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,17 @@ def walk(n: int, width: int, tokens: int, size: int, loaded: int, other: int, in
     if stages < 1:
         raise ValueError(f"a token of {n} streams of width {width} does not fit into shared memory: use the XLA implementation")
     return Walk(n, width, tokens, stages, interpret)
+
+
+def too_large(n: int, width: int, size: int) -> str | None:
+    """What is too large about a token of n streams of elements of `size` bytes; the backward kernel needs more than the forward one."""
+    needed = n * width * 4 + (5 * n + 2) * width * size  # gains; gradients, and one token under way
+    if needed <= SHARED_MEMORY and width <= MOST_WIDTH:
+        return None
+    return (
+        f"a token of {n} streams of width {width} needs {needed // 1024} KiB of shared memory, of which a kernel may use "
+        f"{SHARED_MEMORY // 1024} KiB"
+    )
 
 
 def as_rows(x: jax.Array) -> jax.Array:

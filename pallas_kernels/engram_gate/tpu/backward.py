@@ -44,8 +44,7 @@ def gate_add_backward(
     Where tokens do not fill the last tile, the arrays are padded, which copies them. Raises ValueError where VMEM holds no tile.
     """
     tokens, (n, width), chip = streams.shape[0], gain.shape, tiles.chip()
-    floats = 3 * tiles.round_up(factors.KINDS * n, 8) + LANES
-    shape = shape_of(streams, n, 5 * n + 2, floats, 4 * SHARES * n * width * 4, interpret, steps=4, least=LEAST)
+    shape = shape_for(streams, n, interpret)
     streams, keys_value, d_out = (padded(a, shape, 0) for a in (streams, keys_value, d_out))
     count = len(streams) // shape.tokens
     cores = chip.cores if count % chip.cores == 0 else 1
@@ -81,6 +80,12 @@ def gate_add_backward(
         name="engram_gate_backward",
     )(streams, keys_value, d_out, rows, gain)
     return d_streams[:tokens], d_keys_value[:tokens], d_gain.sum(axis=(0, 1)).reshape(n, width)
+
+
+def shape_for(streams: Array, n: int, interpret: Any = False) -> Shape:
+    """Sizes of the kernel. Raises ValueError where VMEM holds no tile."""
+    floats = 3 * tiles.round_up(factors.KINDS * n, 8) + LANES
+    return shape_of(streams, n, 5 * n + 2, floats, 4 * SHARES * streams.shape[1] * 4, interpret, steps=4, least=LEAST)
 
 
 def _kernel(shape: Shape, h: Any, kv: Any, d_out: Any, rows: Any, gain: Any, dh: Any, dkv: Any, d_gain: Any, columns: Any) -> None:

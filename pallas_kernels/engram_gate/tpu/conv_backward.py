@@ -44,9 +44,7 @@ def gate_conv_add_backward(
     Where tokens do not fill the last tile, the arrays are padded, which copies them. Raises ValueError where VMEM holds no tile.
     """
     tokens, (n, width), chip = streams.shape[0], gain.shape, tiles.chip()
-    height = tiles.round_up(factors.KINDS_OF_CONV * n + 2 * (TAPS - 1), 8)
-    fixed = 4 * SHARES * (TAPS + 1) * n * width * 4 + 4 * BEFORE * (n + 2) * width * 4
-    shape = shape_of(streams, n, 5 * n + 2, 3 * height + (2 * n + 1) * LANES + (n + 2) * width, fixed, interpret, steps=4, least=LEAST)
+    shape = shape_for(streams, n, interpret)
 
     scores, square = saved[:-1], saved[-1]
     kinds = factors.gate_factors(scores, d_alpha, width)
@@ -94,6 +92,15 @@ def gate_conv_add_backward(
     by_tap = 0.5 * d_taps.sum(axis=0).reshape(TAPS, n, width)
     d_weight, d_conv_gain = by_tap * conv.gain[None], jnp.sum(by_tap * conv.weight, axis=0)
     return d_streams[:tokens], d_keys_value[:tokens], d_gain.sum(axis=0).reshape(n, width), d_weight, d_conv_gain
+
+
+def shape_for(streams: Array, n: int, interpret: Any = False) -> Shape:
+    """Sizes of the kernel. Raises ValueError where VMEM holds no tile."""
+    width = streams.shape[1] // n
+    height = tiles.round_up(factors.KINDS_OF_CONV * n + 2 * (TAPS - 1), 8)
+    floats = 3 * height + (2 * n + 1) * LANES + (n + 2) * width
+    fixed = 4 * SHARES * (TAPS + 1) * n * width * 4 + 4 * BEFORE * (n + 2) * width * 4
+    return shape_of(streams, n, 5 * n + 2, floats, fixed, interpret, steps=4, least=LEAST)
 
 
 def _kernel(shape: Shape, *refs: Any) -> None:

@@ -44,7 +44,7 @@ def gate_conv_add(
         out, alpha, saved = gate_conv_add(*args, interpret=interpret)
         return out[:tokens], alpha[:, :tokens], saved[:, :tokens]
     chip = tiles.chip()
-    shape = shape_of(streams, n, 3 * n + 1, 8 * n + 32 + (3 + n) * LANES + width, 10 * TAPS * n * width * 4, interpret, steps=4)
+    shape = shape_for(streams, n, interpret)
     count = pl.cdiv(tokens, shape.tokens)
     cores = chip.cores if count >= chip.cores else 1
     steps = pl.cdiv(count, cores)
@@ -89,6 +89,12 @@ def gate_conv_add(
         name="engram_gate_conv",
     )(streams, keys_value, streams, keys_value, gain, half_filter(conv), reach_rows(conv.reach))
     return out, alpha, saved
+
+
+def shape_for(streams: Array, n: int, interpret: Any = False) -> Shape:
+    """Sizes of the kernel. Raises ValueError where 128 tokens do not fit into VMEM."""
+    floats = 8 * n + 32 + (3 + n) * LANES + streams.shape[1] // n
+    return shape_of(streams, n, 3 * n + 1, floats, 10 * TAPS * streams.shape[1] * 4, interpret, steps=4)
 
 
 def half_filter(conv: ShortConv) -> Array:

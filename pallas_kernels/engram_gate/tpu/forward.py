@@ -29,7 +29,7 @@ def gate_add(
         pad = ((0, LANES - tokens), (0, 0))
         out, alpha, saved = gate_add(jnp.pad(streams, pad), jnp.pad(keys_value, pad), gain, norm_eps, interpret=interpret)
         return out[:tokens], alpha[:, :tokens], saved[:, :tokens]
-    shape = shape_of(streams, n, 3 * n + 1, 8 * n + 2 * LANES, 8 * n * width * 4, interpret, steps=4)
+    shape = shape_for(streams, n, interpret)
 
     def by_token(size):
         return pl.BlockSpec((shape.tokens, size), lambda t: (t, 0))
@@ -52,6 +52,11 @@ def gate_add(
         interpret=interpret,
         name="engram_gate",
     )(streams, keys_value, gain)
+
+
+def shape_for(streams: Array, n: int, interpret: Any = False) -> Shape:
+    """Sizes of the kernel. Raises ValueError where 128 tokens do not fit into VMEM."""
+    return shape_of(streams, n, 3 * n + 1, 8 * n + 2 * LANES, 8 * streams.shape[1] * 4, interpret, steps=4)
 
 
 def _kernel(shape: Shape, norm_eps: float, h: Any, kv: Any, gain: Any, out: Any, alpha: Any, saved: Any, columns: Any) -> None:

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from gates import NORM_EPS, check, gate, oracle, run
 
+from pallas_kernels import choose as choosing
 from pallas_kernels.engram_gate import gate_add, gate_conv_add
+from pallas_kernels.engram_gate.choose import choose
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 
@@ -97,6 +99,25 @@ def test_an_implementation_that_cannot_run_says_what_can():
     wide, gain = [jax.ShapeDtypeStruct((3, k * 5120), BF16) for k in (4, 5)], jax.ShapeDtypeStruct((4, 5120), F32)
     with pytest.raises(ValueError, match="a token of 4 streams of width 5120 needs 300 KiB of shared memory"):
         jax.eval_shape(lambda *a: gate_add(*a, norm_eps=NORM_EPS, implementation="gpu", interpret=True), *wide, gain)
+
+
+@pytest.mark.parametrize(
+    ("target", "width", "dtype", "without", "with_conv"),
+    [
+        (("tpu", "TPU v5"), 4096, F32, "tpu", "tpu"),
+        (("tpu", "TPU v5"), 4480, F32, "tpu", "xla"),  # with convolution more than VMEM holds
+        (("tpu", "TPU v5"), 5120, F32, "xla", "xla"),
+        (("tpu", "TPU v5"), 5120, BF16, "tpu", "tpu"),
+        (("tpu", "TPU v5"), 96, F32, "xla", "xla"),
+        (("gpu", "NVIDIA H100 80GB HBM3"), 2560, BF16, "gpu", "xla"),
+        (("gpu", "NVIDIA H100 80GB HBM3"), 5120, BF16, "xla", "xla"),
+        (("cpu", "cpu"), 128, F32, "xla", "xla"),
+    ],
+)
+def test_without_a_name_what_kernels_cannot_take_goes_to_xla(monkeypatch, target, width, dtype, without, with_conv):
+    monkeypatch.setattr(choosing, "target", lambda: target)
+    streams, gain = jax.ShapeDtypeStruct((256, 4 * width), dtype), jax.ShapeDtypeStruct((4, width), F32)
+    assert [choose(streams, gain, None, False, conv=conv).name for conv in (False, True)] == [without, with_conv]
 
 
 def test_alpha_is_a_sum_of_nothing_where_no_one_asks_for_it():
