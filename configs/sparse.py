@@ -1,4 +1,4 @@
-"""DeepSeek Sparse Attention: DeepSeek-V3.2's continued training, and the same recipe at a size for two CPU cores (docs/sparse_attention.md).
+"""DeepSeek Sparse Attention: DeepSeek-V3.2's continued training, and the recipe at a size for two CPU cores (docs/sparse_attention.md).
 
 The published recipe is three runs, each beginning with the parameters of the one before: dense attention (`model.attention.sparse` None),
 the indexer alone (`--model.attention.sparse.stage warmup`), sparse attention.
@@ -11,7 +11,7 @@ from mhc_jax.sparse_config import SparseConfig
 def deepseek_v32() -> Config:
     """DeepSeek-V3.2's sparse stage: 672B parameters, 128K tokens a sequence, 943.7B tokens.
 
-    Source: arXiv 2512.02556, section 2.1 (stages, learning rates, steps, batches) and the released config.json (shapes). The plain residual,
+    Source: arXiv 2512.02556, section 2.1 (stages, rates, steps, batches) and the released config.json (shapes). The plain residual,
     as published; `--residual mhc` is the switch. Its multi-token prediction layer is not part of this network.
     The warm-up before it: --model.attention.sparse.stage warmup --optimizer.learning-rate 1e-3 --train.steps 1000 --train.batch-size 16.
     Command: mhc-jax train deepseek_v32 --train.init-from RUN --mesh.fsdp 480 (a whole slice; see docs/sparse_attention.md)

@@ -1,4 +1,4 @@
-"""The lightning indexer's projections (DeepSeek-V3.2, arXiv 2512.02556, Eq. 1). Scores, selection and losses are `pallas_kernels.indexer`'s."""
+"""The lightning indexer's projections (DeepSeek-V3.2, arXiv 2512.02556, Eq. 1). Scores, choice and losses: `pallas_kernels.indexer`."""
 
 from typing import ClassVar
 

@@ -8,7 +8,6 @@ for them there is the expanded form. What attends to chosen keys is `pallas_kern
 from collections.abc import Callable
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 

@@ -76,7 +76,7 @@ def check_begin(config: Config, data: Prepared) -> None:
     theirs, ours = saved_config(folder).model, config.model
     if (folder / TOKENIZER_FILE).exists() and (folder / TOKENIZER_FILE).read_text() != data.sources[0].tokenizer.read_text():
         raise UserError(
-            f"train.init_from: {folder} was trained with another tokenizer, so that its embeddings mean other tokens; set data.tokenizer to "
+            f"train.init_from: {folder} was trained with another tokenizer, so its embeddings mean other tokens; set data.tokenizer to "
             f"{folder / TOKENIZER_FILE}"
         )
     if (theirs.engram is None) != (ours.engram is None):
