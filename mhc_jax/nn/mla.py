@@ -138,9 +138,11 @@ class MLA(Module):
             index_keys = written(cache.index_keys, self.indexer.keys(x, positions))
             cache = cache._replace(index_keys=index_keys)
             selected = self._selected((*self.indexer.queries(x, q_latent, positions), index_keys), span)
-            attended = sparse_mla(q_nope, q_rope, *self._ups(), latent, selected, span, scale=self.scale, pages=self._by_pages).out
+            attended = sparse_mla(
+                q_nope, q_rope, *self._ups(latent.dtype), latent, selected, span, scale=self.scale, pages=self._by_pages
+            ).out
         elif self.qk_scales is None:
-            attended = latent_attention(q_nope, q_rope, *self._ups(), latent, span, scale=self.scale)
+            attended = latent_attention(q_nope, q_rope, *self._ups(latent.dtype), latent, span, scale=self.scale)
         else:
             attended = expanded_attention(q_nope, q_rope, *self._expanded(latent), span, scale=self.scale)
         return self._projected(attended), cache
@@ -160,8 +162,8 @@ class MLA(Module):
             q_nope, q_rope = (rms_norm(q, w, eps) for q, w in zip((q_nope, q_rope), jnp.split(self.qk_scales[0], [a.nope_dim])))
         return q_nope, rotate(q_rope, positions, a.rope), q_latent
 
-    def _latents(self, x: Array, positions: Array) -> Float[Array, "B S K+R"]:
-        """Of each token the normalised latent and the rotated key."""
+    def _latents(self, x: Array, positions: Array) -> Float[Array, "B S E"]:
+        """Of each token the normalised latent and the rotated key, E = K + R numbers."""
         a, eps = self.config, self.norm_eps
         latent, k_rope = jnp.split(project(x, self.latent), [a.kv_rank], axis=-1)
         if self.qk_scales is not None:
@@ -177,9 +179,9 @@ class MLA(Module):
             k_nope = rms_norm(k_nope, self.qk_scales[1, : a.nope_dim], self.norm_eps)
         return k_nope, k_rope, value
 
-    def _ups(self) -> tuple[Float[Array, "K H D"], Float[Array, "K H V"]]:
+    def _ups(self, dtype: jnp.dtype) -> tuple[Float[Array, "K H D"], Float[Array, "K H V"]]:
         """What multiplies a latent into keys, and into values."""
-        key_up, value_up = jnp.split(self.expand, [self.config.nope_dim], axis=-1)
+        key_up, value_up = jnp.split(self.expand.astype(dtype), [self.config.nope_dim], axis=-1)
         return key_up, value_up
 
     def _projected(self, attended: Float[Array, "B S H V"]) -> Float[Array, "B S C"]:
@@ -234,4 +236,4 @@ class MLA(Module):
 
         given = *args, *span, *index
         sharded = on_token_shards(attend, rules, tokens=(None, None, *(0,) * len(given)), results=(0, 0, 0))
-        return sharded(*self._ups(), *given)
+        return sharded(*self._ups(args[0].dtype), *given)

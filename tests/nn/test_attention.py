@@ -72,7 +72,7 @@ def test_mla_equals_the_oracle(float64, case):
     module = jax.tree.map(lambda p: p * jnp.asarray(rng.uniform(0.5, 1.5, p.shape)), module)  # norm weights other than 1
     batch = make_batch(config, sequences=2, length=LENGTH)
     x = rng.standard_normal((2, LENGTH, 10))
-    got, largest = jax.jit(lambda m, x: m(x, batch["positions"], batch["segment_ids"]))(module, jnp.asarray(x))
+    got, told = jax.jit(lambda m, x: m(x, batch["positions"], batch["segment_ids"]))(module, jnp.asarray(x))
 
     names = ("query", "query_down", "query_norm", "query_up", "latent", "latent_norm", "expand", "out")
     p = {n: np.asarray(getattr(module, n)) for n in names if getattr(module, n) is not None}
@@ -96,7 +96,7 @@ def test_mla_equals_the_oracle(float64, case):
         for i in range(2)
     ]
     assert relative(got, np.stack([out for out, _ in rows])) < 1e-12
-    assert float(largest) == pytest.approx(max(top for _, top in rows), rel=1e-12)
+    assert float(told.max_logit) == pytest.approx(max(top for _, top in rows), rel=1e-12)
 
 
 def test_only_distances_between_positions_matter(float64):

@@ -1,5 +1,6 @@
 """Sparse latent attention as the network has it: against the oracle, who sees whom, and which loss trains what."""
 
+import dataclasses
 from functools import cache
 from typing import Any
 
@@ -22,7 +23,8 @@ INDEXER = SparseConfig(index_heads=3, index_dim=10, top_k=5, query_chunk=8)
 
 
 def sparse(own: SparseConfig = INDEXER, **changes: Any) -> ModelConfig:
-    return small(**({"attention__q_rank": 6, "attention__sparse": own} | changes))
+    config = small(**({"attention__q_rank": 6} | changes))
+    return dataclasses.replace(config, attention=dataclasses.replace(config.attention, sparse=own))
 
 
 def layer(config: ModelConfig, seed: int = 0) -> MLA:
@@ -76,7 +78,7 @@ def loss_by_the_oracle(config, module, x, batch, i, scores, chosen) -> float:
     a = config.attention
     rows = jnp.asarray(x)[None], batch["positions"][i : i + 1]
     q_nope, q_rope, _ = module._queries(*rows)
-    latent, (key_up, _) = module._latents(*rows), module._ups()
+    latent, (key_up, _) = module._latents(*rows), module._ups(jnp.dtype("float64"))
     target = oracle.probabilities(*(np.asarray(v) for v in (q_nope[0], q_rope[0], key_up, latent[0])), chosen, scale=module.scale)
     assert a.sparse is not None
     return oracle.indexer_loss(scores, target, chosen)
@@ -93,7 +95,7 @@ def test_pages_are_chosen_for_blocks_of_queries(float64):
     visible = oracle.causal(segments)
     chosen = oracle.tokens_of_pages(oracle.select_pages(scores, 2, PAGE), visible, PAGE)
     rows = jnp.asarray(x), jnp.asarray(positions)[None]
-    (q_nope, q_rope, _), latent, ups = module._queries(*rows), module._latents(*rows), module._ups()
+    (q_nope, q_rope, _), latent, ups = module._queries(*rows), module._latents(*rows), module._ups(jnp.dtype("float64"))
     out, _, _ = oracle.sparse_mla(*(np.asarray(v) for v in (q_nope[0], q_rope[0], *ups, latent[0])), chosen, scale=module.scale)
     assert relative(got[0], np.einsum("shv,hvc->sc", out, np.asarray(module.out))) < 1e-12
 
