@@ -3,6 +3,7 @@
 mhc-jax train NAME    one run
 mhc-jax ablate NAME   the residual variants of a config, and a report
 mhc-jax report DIR    draws a report again
+mhc-jax generate RUN  continues a text with what a run has learnt
 mhc-jax data NAME     tokenises a config's text once
 mhc-jax bench NAME    step time and memory of the variants, side by side
 mhc-jax ngrams        how fast the rows of Engram's tables are computed
@@ -59,6 +60,20 @@ class AblateList:
     """Train a named list of runs and write a report."""
 
     out: str | None = None  # folder of the runs and the report, here or in an object store; default runs/NAME
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue texts with a trained run. Speeds are written to standard error."""
+
+    run: tyro.conf.Positional[str]  # folder of the run, here or in an object store
+    prompt: tuple[str, ...]  # one text or several; an empty one begins with the end-of-text token
+    max_tokens: int | None = None  # drawn for each prompt; default 200, or as many as the context has room for
+    temperature: float = 0.8  # of the softmax; 0: always the most likely token
+    top_k: int = 0  # draw from the so many most likely tokens; 0: from all
+    top_p: float = 1.0  # draw from the most likely tokens that together have this probability
+    seed: int = 0  # of the draws
+    context: int | None = None  # tokens of a prompt and its continuation that there is room for; default data.seq_len of the run
 
 
 @dataclass(frozen=True)
@@ -174,6 +189,7 @@ def _dispatch(args: list[str]) -> int:
         "train": _train,
         "ablate": _ablate,
         "report": _report,
+        "generate": _generate,
         "data": _data,
         "bench": _bench,
         "ngrams": _ngrams,
@@ -256,6 +272,31 @@ def _report(args: list[str]) -> None:
     from mhc_jax.experiments.report import write_report
 
     write_report(to_path(options.folder))
+
+
+def _generate(args: list[str]) -> None:
+    options = tyro.cli(Generate, prog="mhc-jax generate", args=args)
+    _prepare_jax()
+    from mhc_jax.generate import Generator, Sampling
+
+    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    generator = Generator.open(to_path(options.run))
+    single = options.prompt if len(options.prompt) == 1 else ()
+
+    def say(piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    print(*single, end="", flush=True)
+    done = generator.generate(
+        options.prompt,
+        options.max_tokens,
+        sampling=sampling,
+        seed=options.seed,
+        context=options.context,
+        say=say if single else None,
+    )
+    print(*([] if single else [f"{prompt}{text}\n" for prompt, text in zip(options.prompt, done.texts)]), sep="\n")
+    print(done.speed, file=sys.stderr)
 
 
 def _data(args: list[str]) -> None:

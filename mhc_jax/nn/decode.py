@@ -4,7 +4,8 @@ The same layers, seams and heads as `decoder.hidden_states`, to rounding, one do
 sequence ends, is decided elsewhere (`mhc_jax.generate`).
 """
 
-from typing import NamedTuple
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,9 +49,9 @@ class Cache(NamedTuple):
     before: Int[Array, "B before"] | None  # classes of the last tokens, the newest last, -1 where there are none; None without Engram
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype | None = None) -> "Cache":
+    def empty(cls, config: ModelConfig, batch: int, capacity: int, dtype: jax.typing.DTypeLike | None = None) -> "Cache":
         """Room for `capacity` tokens of each of `batch` sequences, in the config's type unless another is given."""
-        dtype = jnp.dtype(config.dtype) if dtype is None else dtype
+        dtype = jnp.dtype(config.dtype if dtype is None else dtype)
         latents = tuple(LatentCache.empty(config.attention, batch, capacity, dtype) for _ in range(config.num_layers))
         length = jnp.zeros(batch, jnp.int32)
         if config.engram is None:
@@ -78,8 +79,9 @@ def network_of(model: Decoder, router_bias: Float[Array, "L_moe E"], ngrams: Ngr
     """Takes a decoder apart."""
     config = model.config
 
-    def each(stack: Layer | Engram | None) -> tuple:
-        return () if stack is None else tuple(jax.tree.map(lambda a: a[i], stack) for i in range(len(jax.tree.leaves(stack)[0])))
+    def each(stack: Layer | Engram | None) -> tuple[Any, ...]:
+        count = 0 if stack is None else len(jax.tree.leaves(stack)[0])
+        return tuple(jax.tree.map(itemgetter(i), stack) for i in range(count))
 
     layers, engrams = (*each(model.dense_layers), *each(model.moe_layers)), each(model.engram)
     bare = jax.tree.map(lambda a: a, model)
@@ -103,6 +105,7 @@ def decode(network: Network, tokens: Int[Array, "B S"], count: Int[Array, "B"], 
     """
     model, config = network.model, network.model.config
     cache.check(config)
+    count = count.astype(jnp.int32)
     steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     positions = jnp.where(steps < count[:, None], cache.length[:, None] + steps, cache.capacity)
 

@@ -204,7 +204,12 @@ def sublayer(
 
 
 def feed_forward(
-    u: Float[Array, "B S C"], ffn: SwiGLU | MoE, norm: Float[Array, "C"], bias: Float[Array, "E"], config: ModelConfig, rules: Rules = Rules()
+    u: Float[Array, "B S C"],
+    ffn: SwiGLU | MoE,
+    norm: Float[Array, "C"],
+    bias: Float[Array, "E"],
+    config: ModelConfig,
+    rules: Rules = Rules(),
 ) -> tuple[Float[Array, "B S C"], tuple[Int[Array, "E"], Float[Array, ""]]]:
     """Either kind of feed-forward behind its norm: its output, the tokens of each expert and the balance loss."""
     u = rms_norm(u, norm, config.norm_eps)
@@ -272,7 +277,7 @@ def hidden_states(
         of_ffn = (layer.ffn, layer.ffn_norm, bias)
         fed, (load, balance) = sublayer(attended, layer.ffn_connection, run(ffn), of_ffn, rules)
         traces = (_trace(attended, layer.attention_connection), _trace(fed, layer.ffn_connection)) if trace else None
-        return fed, LayerAux(*told, load, balance, traces)
+        return fed, LayerAux(told.max_logit, told.indexer_loss, load, balance, traces)
 
     def with_memory(pending, index):
         """The streams with what layer `memory_layers[index]` reads from its table; the write before it cannot be part of a seam."""

@@ -87,7 +87,7 @@ def next_rows(
     return hashed_rows(window, numbers, orders), newest(seen, count, lookback - 1)
 
 
-def newest(past: Shaped[Array, "B keep+S *more"], count: Int[Array, "B"], keep: int) -> Shaped[Array, "B keep *more"]:
+def newest(past: Shaped[Array, "B past *more"], count: Int[Array, "B"], keep: int) -> Shaped[Array, "B {keep} *more"]:
     """Of each sequence the last `keep` entries up to its first `count` new ones: S are new in `past`, `keep` stood there before."""
     return jax.vmap(partial(jax.lax.dynamic_slice_in_dim, slice_size=keep))(past, count)
 
