@@ -2,7 +2,8 @@
 
 mhc-jax train NAME    one run
 mhc-jax ablate NAME   the residual variants of a config, and a report
-mhc-jax report DIR    draws a report again
+mhc-jax study NAME    a question that no list of runs fits, such as one of cost, and a report
+mhc-jax report DIR    draws a report of `ablate` again
 mhc-jax generate RUN  continues a text with what a run has learnt
 mhc-jax data NAME     tokenises a config's text once
 mhc-jax bench NAME    step time and memory of the variants, side by side
@@ -60,6 +61,13 @@ class AblateList:
     """Train a named list of runs and write a report."""
 
     out: str | None = None  # folder of the runs and the report, here or in an object store; default runs/NAME
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """Answer a named question and write a report; the same command again goes on from what is there."""
+
+    out: str | None = None  # folder of the report, here or in an object store; default runs/NAME
 
 
 @dataclass(frozen=True)
@@ -188,6 +196,7 @@ def _dispatch(args: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int | None]] = {
         "train": _train,
         "ablate": _ablate,
+        "study": _study,
         "report": _report,
         "generate": _generate,
         "data": _data,
@@ -265,6 +274,18 @@ def _check_variants(variants: Sequence[str]) -> None:
             raise UserError(f"--variants: there is no residual kind {kind!r}; choose from {', '.join(RESIDUAL_KINDS)}")
         if variants.count(kind) > 1:
             raise UserError(f"--variants names {kind} twice")
+
+
+def _study(args: list[str]) -> None:
+    from mhc_jax.experiments.studies import STUDIES
+
+    if not args or args[0] not in STUDIES:
+        given = f"there is no study {shown(args[0])}" if args and not args[0].startswith("-") else "name a study: mhc-jax study NAME"
+        raise UserError(f"{given}; the studies are {', '.join(STUDIES)}")
+    name = args[0]
+    options = tyro.cli(StudyOptions, prog=f"mhc-jax study {name}", args=args[1:])
+    _prepare_jax()
+    STUDIES[name](to_path(options.out) if options.out else Path("runs") / name, shlex.join(["mhc-jax", "study", *args]), print)
 
 
 def _report(args: list[str]) -> None:

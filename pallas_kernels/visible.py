@@ -58,3 +58,18 @@ def tokens_of_pages(pages: Selected, span: Span) -> Selected:
     order = jnp.argsort(~seen, axis=-1, stable=True)
     index = jnp.where(jnp.take_along_axis(seen, order, axis=-1), jnp.take_along_axis(token, order, axis=-1), 0)
     return Selected(index, seen.sum(axis=-1, dtype=jnp.int32))
+
+
+def mask_of_tokens(tokens: Selected, keys: int) -> jax.Array:
+    """bool [B, S, T]: which of T keys were chosen for each query, for oracles and where nearly all of them are looked at anyway."""
+    none = jnp.zeros((*tokens.index.shape[:2], keys), bool)
+    b, s = (jnp.arange(size)[:, None] for size in none.shape[:2])
+    return none.at[b[:, :, None], s[None], tokens.index].max(tokens.valid, mode="promise_in_bounds")
+
+
+def masking_pays(keys: int, chosen: int) -> bool:
+    """Whether matrix products with all keys, most of them masked, cost XLA less than gathering the chosen ones for every query.
+
+    Work stays in proportion to the chosen keys. On a CPU, a gathered row costs as much as about ten of such a product.
+    """
+    return keys <= 4 * chosen

@@ -9,9 +9,6 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
-from pallas_kernels.attention import dense_attention
-from pallas_kernels.indexer import dense_indexer_loss, select_pages, select_tokens, sparse_indexer_loss
-from pallas_kernels.sparse_attention import sparse_mla
 
 from mhc_jax.config import AttentionConfig, ModelConfig
 from mhc_jax.nn.indexer import Indexer
@@ -22,6 +19,9 @@ from mhc_jax.nn.norm import rms_norm, wide_dtype
 from mhc_jax.nn.rotary import rotate, softmax_temperature
 from mhc_jax.parallel.rules import Rules
 from mhc_jax.parallel.shards import on_token_shards
+from pallas_kernels.attention import dense_attention
+from pallas_kernels.indexer import dense_indexer_loss, select_pages, select_tokens, sparse_indexer_loss
+from pallas_kernels.sparse_attention import sparse_mla
 from pallas_kernels.visible import PAGE, Selected, Span, causal_span, tokens_of_pages
 
 

@@ -27,7 +27,7 @@ def index_scores(
       q: [B, S, J, I], bfloat16 or float32.
       k: [B, T, I] of q's type.
       weight: [B, S, J] float32, with all scales in it.
-      span: which keys each query sees, int32 [B, S] each.
+      span: which keys each query sees, int32 [B, S] each. For self-attention, S = T, no query sees a key after its own, whatever it says.
 
     Returns:
       [B, S, T] float32, -inf where not visible. Zeros have no sign, and NaN is the lowest number, so that selection is well defined.
@@ -37,7 +37,7 @@ def index_scores(
       ValueError: a shape, a type or the platform does not fit; the message says what would.
     """
     _check(q, k, weight, span)
-    return choose(q, k, implementation, interpret).index_scores(q, k, weight, span)
+    return choose(q, implementation, interpret).index_scores(q, k, weight, _causal(span, k))
 
 
 def select_tokens(
@@ -64,9 +64,9 @@ def select_tokens(
     """
     _check(q, k, weight, span)
     _check_positive(top_k=top_k, query_chunk=query_chunk)
-    kernels = choose(q, k, implementation, interpret)
+    kernels = choose(q, implementation, interpret)
     q, k, weight = map(jax.lax.stop_gradient, (q, k, weight))
-    return select.select_tokens(kernels, q, k, weight, span, top_k, approximate, query_chunk)
+    return select.select_tokens(kernels, q, k, weight, _causal(span, k), top_k, approximate, query_chunk)
 
 
 def select_pages(
@@ -90,9 +90,9 @@ def select_pages(
     """
     _check(q, k, weight, span)
     _check_positive(pages=pages, query_chunk=query_chunk)
-    kernels = choose(q, k, implementation, interpret)
+    kernels = choose(q, implementation, interpret)
     q, k, weight = map(jax.lax.stop_gradient, (q, k, weight))
-    return select.select_pages(kernels, q, k, weight, span, pages, query_chunk)
+    return select.select_pages(kernels, q, k, weight, _causal(span, k), pages, query_chunk)
 
 
 def dense_indexer_loss(
@@ -190,6 +190,14 @@ def sparse_indexer_loss(
     }
     _check_shapes(wanted, f"q_nope {q_nope.shape}")
     return sparse_loss.sparse_loss(scale, query_chunk, q, k, weight, (q_nope, q_rope, key_up, latent), selected)
+
+
+def _causal(span: Span, k: Array) -> Span:
+    """The span, kept from the future where S = T: kernels leave out what lies after the diagonal without asking the span."""
+    length = span.stop.shape[1]
+    if length != k.shape[1]:
+        return span
+    return Span(span.first, jnp.minimum(span.stop, jnp.arange(1, length + 1, dtype=jnp.int32)[None]))
 
 
 def _check(q: Array, k: Array, weight: Array, span: Span) -> None:

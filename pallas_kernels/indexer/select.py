@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.choose import Kernels
+from pallas_kernels.indexer import xla
 from pallas_kernels.indexer.pieces import by_chunk, rows_at_once
 from pallas_kernels.visible import PAGE, Selected, Span
 
@@ -27,9 +28,8 @@ def select_tokens(
         scores = kernels.index_scores(q, k, weight, span)
         if approximate:
             value, index = jax.lax.approx_max_k(scores, top_k, recall_target=RECALL)
-            return _rising(index, value > -jnp.inf, keys)
-        count = jnp.minimum(_visible(span, keys), top_k)
-        return _rising(kernels.top_indices(scores, top_k), jnp.arange(top_k)[None, None] < count[..., None], keys)
+            return _selected(jnp.sort(jnp.where(value > -jnp.inf, index, keys), axis=-1), keys)
+        return _selected(kernels.top_indices(scores, top_k), keys)
 
     return by_chunk(of_chunk, (q, weight, span), rows_at_once(query_chunk, q.shape[0], keys))
 
@@ -41,8 +41,7 @@ def select_pages(kernels: Kernels, q: Array, k: Array, weight: Array, span: Span
     own = jnp.where(span.stop > span.first, (span.stop - 1) // PAGE, -1)
     own = jnp.pad(own, ((0, 0), (0, groups * PAGE - own.shape[1])), constant_values=-1).reshape(batch, groups, PAGE, 1)
     is_own = (own == jnp.arange(total, dtype=jnp.int32)[None, None, None]).any(axis=2)
-    value, index = jax.lax.top_k(jnp.where(is_own, jnp.inf, scores), min(pages, total))
-    return _rising(index, value > -jnp.inf, total)
+    return _selected(xla.top_indices(jnp.where(is_own, jnp.inf, scores), min(pages, total)), total)
 
 
 def _visible(span: Span, keys: int) -> Array:
@@ -50,8 +49,7 @@ def _visible(span: Span, keys: int) -> Array:
     return jnp.maximum(jnp.minimum(span.stop, keys) - span.first, 0)
 
 
-def _rising(index: Array, valid: Array, total: int) -> Selected:
-    """The valid ones of these indices, in order, then zeros."""
-    count = valid.sum(axis=-1, dtype=jnp.int32)
-    index = jnp.sort(jnp.where(valid, index, total), axis=-1)
-    return Selected(jnp.where(index < total, index, 0), count)
+def _selected(index: Array, total: int) -> Selected:
+    """Of rising indices, of which those that are `total` stand for nothing."""
+    valid = index < total
+    return Selected(jnp.where(valid, index, 0), valid.sum(axis=-1, dtype=jnp.int32))

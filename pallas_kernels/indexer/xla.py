@@ -51,8 +51,9 @@ def page_scores(q: Array, k: Array, weight: Array, span: Span, query_chunk: int)
 
 
 def top_indices(scores: Array, count: int) -> Array:
-    """The indices of the `count` largest along the last axis, ties to the lower index, in no particular order."""
-    return jax.lax.top_k(scores, count)[1].astype(jnp.int32)
+    """The places of the `count` largest along the last axis, rising, ties to the lower place; the axis's length for those that are -inf."""
+    value, index = jax.lax.top_k(scores, count)
+    return jnp.sort(jnp.where(value > -jnp.inf, index, scores.shape[-1]).astype(jnp.int32), axis=-1)
 
 
 def block_scores(q: Array, weight: Array, k: Array) -> Array:

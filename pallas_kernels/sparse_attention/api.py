@@ -56,7 +56,7 @@ def sparse_mla(
     """
     _check(q_nope, q_rope, key_up, value_up, latent, selected, span, pages, query_chunk)
     (batch, length, heads, _), rank = q_nope.shape, key_up.shape[0]
-    kernels = choose(latent, rank, length, heads, implementation, interpret, pages=pages)
+    kernels = choose(q_rope, latent, rank, selected, implementation, interpret, pages=pages)
     keys = selected.index.shape[-1] * (PAGE if pages else 1)
     if kernels.name == "xla":
         query_chunk = min(query_chunk, xla_chunk(batch, heads, keys, latent.shape[-1], latent.dtype.itemsize, pages))

@@ -1,19 +1,44 @@
 """Which implementation of sparse attention runs. What all families have in common stands in `pallas_kernels.choose`."""
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.case import Implementation
-from pallas_kernels.choose import Kernels
+from pallas_kernels.choose import LANES, Kernels
 from pallas_kernels.choose import choose as choose_of
+from pallas_kernels.visible import PAGE, Selected
 
 FAMILY = "sparse_attention"
+HEADS = 16  # the TPU kernels take multiples of it: a tile of bfloat16 rows
 
 
-def choose(latent: jax.Array, rank: int, queries: int, heads: int, name: Implementation | None, interpret: bool, *, pages: bool) -> Kernels:
+def choose(
+    q_rope: jax.Array, latent: jax.Array, rank: int, selected: Selected, name: Implementation | None, interpret: bool, *, pages: bool
+) -> Kernels:
     """The implementation of this name; without one, the platform's kernels where the arrays fit them and XLA where they do not.
 
     Raises:
       ValueError: the name is unknown, or its kernels cannot run here or cannot take these arrays.
     """
-    misfit = "there are no kernels yet"
-    return choose_of(FAMILY, name, interpret, misfit)
+
+    def limit(name: str) -> str | None:
+        if name != "tpu":
+            return "there are no GPU kernels yet"
+        return _tpu_misfit(q_rope, latent, rank, selected.index.shape[-1], pages)
+
+    return choose_of(FAMILY, name, interpret, None, limit=limit)
+
+
+def _tpu_misfit(q_rope: jax.Array, latent: jax.Array, rank: int, chosen: int, pages: bool) -> str | None:
+    _, length, heads, _ = q_rope.shape
+    if latent.dtype != jnp.bfloat16:
+        return f"the latents are {latent.dtype}; the TPU kernels take bfloat16"
+    if rank % LANES or heads % HEADS:
+        return f"K is {rank} and H {heads}; the TPU kernels need multiples of {LANES} and {HEADS}"
+    if not pages:
+        return "the TPU kernels take pages of keys, not single tokens"
+    if length < PAGE:
+        return f"there are {length} queries; the TPU kernels take blocks of {PAGE}"
+    from pallas_kernels.sparse_attention.tpu.blocks import vmem_misfit  # Pallas is imported where it is used
+
+    return vmem_misfit(heads, latent.shape[-1], chosen)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.choose import Kernels
-from pallas_kernels.sparse_attention.spec import Keys, SparseAttended, Weights, wide_type
+from pallas_kernels.sparse_attention.spec import Keys, SparseAttended, Weights, accumulator_rows, wide_type
 from pallas_kernels.visible import PAGE
 
 Array = jax.Array
@@ -61,7 +61,7 @@ def _attend_fwd(plan, q_nope, q_rope, weights, latent, keys):
 def _attend_bwd(plan: Plan, kept: Any, cotangents: SparseAttended) -> Any:
     q_nope, q_rope, weights, latent, keys, out, log_total = kept
     d_out = cotangents.out  # what else was returned has no gradient
-    rank = weights.key_up.shape[0]
+    rank, (batch, length, width) = weights.key_up.shape[0], latent.shape
     wide = wide_type(q_nope)
 
     def chunk(start: Array | int, size: int, done: Any) -> Any:
@@ -85,12 +85,13 @@ def _attend_bwd(plan: Plan, kept: Any, cotangents: SparseAttended) -> Any:
     zeros = (
         jnp.zeros_like(q_nope),
         jnp.zeros_like(q_rope),
-        *(jnp.zeros(x.shape, wide) for x in (weights.key_up, weights.value_up, latent)),
+        *(jnp.zeros(x.shape, wide) for x in weights),
+        jnp.zeros((batch, accumulator_rows(length, plan.kernels.name), width), wide),
     )
     d_nope, d_rope, d_key_up, d_value_up, d_latent = _each_chunk(chunk, zeros, q_nope.shape[1], plan.chunk)
     d_weights = Weights(d_key_up.astype(weights.key_up.dtype), d_value_up.astype(weights.value_up.dtype))
     no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), keys)
-    return d_nope, d_rope, d_weights, d_latent.astype(latent.dtype), no_gradient
+    return d_nope, d_rope, d_weights, d_latent[:, :length].astype(latent.dtype), no_gradient
 
 
 attend.defvjp(_attend_fwd, _attend_bwd)

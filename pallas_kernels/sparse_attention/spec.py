@@ -49,6 +49,11 @@ def wide_type(x: jax.Array) -> jax.typing.DTypeLike:
     return jax.numpy.promote_types(x.dtype, jax.numpy.float32)
 
 
+def accumulator_rows(keys: int, kernels: str) -> int:
+    """Rows of the latents' gradient while it is summed: on TPU whole pages, and one more for the gradients of what is no page."""
+    return (-(-keys // PAGE) + 1) * PAGE if kernels == "tpu" else keys
+
+
 def xla_chunk(batch: int, heads: int, keys: int, width: int, itemsize: int, pages: bool) -> int:
     """Queries of a chunk on the XLA path: as many as XLA_BYTES hold, in whole pages where pages are chosen, but one block at least.
 

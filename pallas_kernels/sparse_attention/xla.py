@@ -1,7 +1,8 @@
 """One chunk of queries in plain XLA, forward and backward: for any shape, any float type and any platform.
 
-A block of queries that shares its keys (one query where tokens are chosen, PAGE where pages are) gathers their latents once, and its
-products are matrix products of all its heads and queries with these rows. Every index is in bounds, so none is checked.
+A block of queries that shares its keys gathers their latents once, and its products are matrix products of all its heads and queries with
+these rows: one query where tokens are chosen, all of them where they choose most of the keys, PAGE where pages are. Every index is in
+bounds, so none is checked.
 """
 
 from functools import partial
@@ -13,7 +14,9 @@ from jax.lax import GatherDimensionNumbers, GatherScatterMode, ScatterDimensionN
 
 from pallas_kernels.choose import target
 from pallas_kernels.sparse_attention.spec import NO_KEYS, wide_type
-from pallas_kernels.visible import PAGE
+from pallas_kernels.visible import PAGE, Selected, mask_of_tokens, masking_pays
+
+MOST_LOGITS = 1 << 26  # of a chunk whose keys are masked: 256 MiB of float32
 
 Array = jax.Array
 Attended = tuple[Array, Array, Array]
@@ -34,7 +37,7 @@ def attend_tokens(q: Array, latent: Array, index: Array, count: Array, *, rank: 
     q's type, log_total and top [B, C, H] float32 or wider (see `spec.SparseAttended`). The first K = `rank` columns of latents are values
     as well.
     """
-    return _attend(q, latent, _of_tokens(index, count), rank, scale)
+    return _attend(q, latent, _of_tokens(q, latent, index, count), rank, scale)
 
 
 def attend_tokens_backward(
@@ -45,7 +48,7 @@ def attend_tokens_backward(
     log_total [B, C, H] as it was returned, own [B, C, H] = sum over K of o d_o, d_o [B, C, H, K], d_latent [B, T, K+R] float32 or wider,
     the sum so far -> d_q [B, C, H, K+R] in q's type, o [B, C, H, K] once more, and d_latent with the chunk's share added.
     """
-    return _attend_backward(q, latent, _of_tokens(index, count), log_total, own, d_o, d_latent, scale)
+    return _attend_backward(q, latent, _of_tokens(q, latent, index, count), log_total, own, d_o, d_latent, scale)
 
 
 def attend_pages(q: Array, latent: Array, index: Array, count: Array, first: Array, stop: Array, *, rank: int, scale: float) -> Attended:
@@ -71,7 +74,11 @@ def attend_pages_backward(
     return _attend_backward(q, latent, _of_pages(latent, index, count, first, stop), log_total, own, d_o, d_latent, scale)
 
 
-def _of_tokens(index: Array, count: Array) -> _Gathered:
+def _of_tokens(q: Array, latent: Array, index: Array, count: Array) -> _Gathered:
+    """One block a query; or one for all, of all keys, where that costs less and its logits are not too many."""
+    keys, (batch, length, heads, _) = latent.shape[1], q.shape
+    if masking_pays(keys, index.shape[-1]) and batch * length * heads * keys <= MOST_LOGITS:
+        return _Gathered(jnp.zeros((batch, 1, 1), index.dtype), keys, mask_of_tokens(Selected(index, count), keys)[:, None])
     valid = jnp.arange(index.shape[-1])[None, None, None] < count[:, :, None, None]
     return _Gathered(index, 1, valid)
 

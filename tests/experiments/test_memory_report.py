@@ -24,6 +24,7 @@ def quiet(line):
     pass
 
 
+@pytest.mark.slow
 def test_the_report_of_an_allocation_sweep(tmp_path):
     larger = dataclasses.replace(SMALL, table_sizes=(401, 403))
     variants = {"rho 1": {}, "some": {"model.moe.num_experts": 3, "model.engram": SMALL}, "more": {"model.engram": larger}}

@@ -26,6 +26,7 @@ def test_rows_lie_in_the_tables_of_their_heads():
     assert "engram_rows" not in random_batch(BASE)
 
 
+@pytest.mark.slow
 def test_a_step_with_memory_is_measured():
     config = override(BASE, {"model.engram": ENGRAM, "model.num_layers": 3})
     (cost,) = measure(config, ["residual"], 2)

@@ -46,6 +46,7 @@ def test_both_models_have_the_same_number_of_parameters(name):
     assert deepseek_v3_parameters(transformers_config(dict(fields(config)))) == count_parameters(config.model).total
 
 
+@pytest.mark.slow
 def test_torch_steps_in_turn_and_its_ratio_is_to_the_first_kind(tmp_path, monkeypatch):
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN)

@@ -16,6 +16,7 @@ from .rules import problems
 NAME, SHARE, SHORT = "config", 30, 60
 
 WITH_ENGRAM = override(get("laptop"), {"model.engram": EngramConfig(layers=(1, 4), table_sizes=(1000, 3000))})
+WITH_SPARSE = get("dsa_laptop")
 NONSENSE: tuple[Any, ...] = (
     *(-1, 0, 1, 2, 3, 5, 7, 16, 10**12, 2**31 - 1, 2**31, 2**63, 10**400, -(10**18), True, False, None),
     *(math.nan, math.inf, -math.inf, 1e300, 1e-300, 3.3e38, 0.5, 1.0, -0.0, -0.5, 0.999, 2.5),
@@ -23,11 +24,27 @@ NONSENSE: tuple[Any, ...] = (
     *((), (0.9, 0.8), (0.5, 0.5), (0.8, 0.9), (math.nan, 0.1), (0.1,), (0.1, 0.2, 0.3), (1, 1), (-0.5, 0.1), (0.3, -0.1), (1.5, 0.1)),
     *(("stdlib",), ("a", "b"), ("a", "a"), ("",), (3,), (None,), ("stdlib", "stdlib"), ((1.0,),), [], ["a"], {}, {"a": 1}, object()),
 )
-CHOICES = ("residual", "hc", "static_hc", "mhc", "identity_hc", "mean", "sum", "learned", "float32", "bfloat16", "none", "matmuls", "full")
+CHOICES = (
+    "residual",
+    "hc",
+    "static_hc",
+    "mhc",
+    "identity_hc",
+    "mean",
+    "sum",
+    "learned",
+    "float32",
+    "bfloat16",
+    "none",
+    "matmuls",
+    "full",
+    "warmup",
+    "page",
+)
 
 
 def case(rng: random.Random, room: Path) -> tuple[str, Check]:
-    base = rng.choice((get("laptop"), WITH_ENGRAM))
+    base = rng.choice((get("laptop"), WITH_ENGRAM, WITH_SPARSE))
     values = dict(fields(base))
     through_json = rng.random() < 0.5
     changes = {path: draw(rng, values[path]) for path in rng.sample(sorted(values), rng.randint(1, 3))}

@@ -152,10 +152,28 @@ ENGRAM: dict[str, Rule] = {
     "model.engram.tables.hot_rows": whole(0),
 }
 
+# Instead of `model.attention.sparse`, where a config has it.
+SPARSE: dict[str, Rule] = {
+    "model.attention.sparse.stage": choice("warmup", "sparse"),
+    "model.attention.sparse.index_heads": whole(1),
+    "model.attention.sparse.index_dim": whole(1),
+    "model.attention.sparse.top_k": whole(1),
+    "model.attention.sparse.granularity": choice("token", "page"),
+    "model.attention.sparse.query_chunk": whole(1),
+}
+
+
+def known_fields(values: Mapping[str, Any]) -> set[str]:
+    """The paths that a config with these has: of a group that may be None either the group or its fields."""
+    known = set(FIELDS)
+    for group, own in (("model.engram", ENGRAM), ("model.attention.sparse", SPARSE)):
+        known = known if group in values else known - {group} | set(own)
+    return known
+
 
 def invalid_fields(values: Mapping[str, Any]) -> list[str]:
     """Fields whose value is wrong whatever the others are."""
-    return [path for path, value in values.items() if not (FIELDS | ENGRAM)[path](value)]
+    return [path for path, value in values.items() if not (FIELDS | ENGRAM | SPARSE)[path](value)]
 
 
 def broken_pairs(v: Mapping[str, Any]) -> list[str]:
@@ -181,8 +199,22 @@ def broken_pairs(v: Mapping[str, Any]) -> list[str]:
         "weights": not v["data.weights"] or len(v["data.weights"]) == len(v["data.source"]),
         "sources": len(set(v["data.source"])) == len(v["data.source"]),
         **(_engram_pairs(v) if "model.engram.layers" in v else {}),
+        **(_sparse_pairs(v) if "model.attention.sparse.stage" in v else {}),
     }
     return [what for what, holds in rules.items() if not holds]
+
+
+def _sparse_pairs(v: Mapping[str, Any]) -> dict[str, bool]:
+    part = {path.rpartition(".")[2]: v[path] for path in SPARSE}
+    by_pages = part["granularity"] == "page"
+    return {
+        "a query latent": v["model.attention.q_rank"] is not None,
+        "keys that are products of the latent": not v["model.attention.qk_norm"],
+        "rotated dimensions of the indexer": v["model.attention.rope_dim"] <= part["index_dim"],
+        "keys to choose from": part["top_k"] <= v["data.seq_len"],
+        "whole pages": not by_pages or (part["top_k"] % 64 == 0 and part["query_chunk"] % 64 == 0),
+        "frozen tables": part["stage"] == "sparse" or v.get("model.engram.tables.placement") != "host",
+    }
 
 
 def _engram_pairs(v: Mapping[str, Any]) -> dict[str, bool]:

@@ -13,7 +13,7 @@ from mhc_jax.typecheck import check_types
 from . import config_fields, harness
 from .harness import Wrong, run_all, run_kind, table
 from .kinds import KINDS
-from .rules import ENGRAM, FIELDS, problems
+from .rules import ENGRAM, SPARSE, known_fields, problems
 
 
 @pytest.fixture(autouse=True)
@@ -38,14 +38,15 @@ def test_a_thousand_cases():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_rules_know_every_field_and_the_named_configs(name):
     values = dict(fields(CONFIGS[name]()))
-    assert set(values) == (set(FIELDS) if "model.engram" in values else set(FIELDS) - {"model.engram"} | set(ENGRAM))
+    assert set(values) == known_fields(values)
     assert not problems(values)
 
 
-def test_the_rules_know_every_field_of_engram():
-    values = dict(fields(config_fields.WITH_ENGRAM))
-    assert set(values) == set(FIELDS) - {"model.engram"} | set(ENGRAM)
-    assert not problems(values)
+def test_the_rules_know_every_field_of_engram_and_of_sparse_attention():
+    values = dict(fields(config_fields.WITH_ENGRAM)), dict(fields(config_fields.WITH_SPARSE))
+    assert [set(own) == known_fields(own) and not problems(own) for own in values] == [True, True]
+    assert set(values[0]) >= set(ENGRAM)
+    assert set(values[1]) >= set(SPARSE)
 
 
 def test_validation_that_checks_only_types_is_noticed(monkeypatch):

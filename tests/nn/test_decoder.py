@@ -201,6 +201,7 @@ def test_a_block_is_as_long_as_equation_20_says(sublayers, published):
     assert abs(2 * remat.block_length(sublayers // 2, 4) - published) <= 2
 
 
+@pytest.mark.slow
 def test_layers_in_a_loop_give_the_gradients_of_unrolled_layers():
     loss, grads, memory = differentiated("none", unrolled=False)
     loss_unrolled, grads_unrolled, memory_unrolled = differentiated("none")

@@ -14,8 +14,11 @@ from oracles import rope as rope_oracle
 from small import relative, small
 
 from mhc_jax.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
+from mhc_jax.nn import indexer
 from mhc_jax.nn.decoder import Decoder, logits
-from mhc_jax.nn.mla import MLA
+from mhc_jax.nn.mla import MLA, LatentCache
+from mhc_jax.nn.rotary import rotate
+from mhc_jax.sparse_config import SparseConfig
 
 LAYERS = range(2)
 
@@ -35,7 +38,7 @@ def recorded(kind: str, layer: int, *names: str) -> list[np.ndarray]:
     return [golden()[f"{kind}/{layer}/{name}"] for name in names]
 
 
-def config() -> ModelConfig:
+def config(sparse: bool = False) -> ModelConfig:
     s = settings()
     r = s["rope_parameters"]
     rope = RopeConfig(r["rope_theta"], r["factor"], r["original_max_position_embeddings"], r["beta_fast"], r["beta_slow"], r["mscale"])
@@ -56,6 +59,9 @@ def config() -> ModelConfig:
             q_rank=s["q_lora_rank"],
             query_block=16,
             rope=rope,
+            sparse=SparseConfig(index_heads=s["index_n_heads"], index_dim=s["index_head_dim"], top_k=s["index_topk"], query_chunk=16)
+            if sparse
+            else None,
         ),
         moe=MoEConfig(
             num_experts=s["n_routed_experts"],
@@ -119,11 +125,20 @@ def filled(module: Any, values: dict[str, np.ndarray], layers: tuple[int, ...] =
     return module
 
 
-def decoder() -> tuple[Decoder, jax.Array]:
+def attention(layer: int, sparse: bool) -> MLA:
+    module = filled(jax.eval_shape(lambda: MLA(config(sparse), jax.random.key(0))), of_attention(layer))
+    if sparse:
+        filled(module.indexer, of_indexer(layer))
+    return module
+
+
+def decoder(sparse: bool) -> tuple[Decoder, jax.Array]:
     """Their model as ours, and its router biases."""
-    model = jax.eval_shape(lambda: Decoder(config(), jax.random.key(0)))  # shapes alone: no parameter can stay as it was
+    model = jax.eval_shape(lambda: Decoder(config(sparse), jax.random.key(0)))  # shapes alone: no parameter can stay as it was
     for number, layer in enumerate((model.dense_layers, model.moe_layers)):
         filled(layer.attention, of_attention(number), (1,))
+        if sparse:
+            filled(layer.attention.indexer, of_indexer(number), (1,))
         norms = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
         filled(layer, {ours: weight(number, f"{theirs}.weight") for ours, theirs in norms.items()}, (1,))
     filled(model.dense_layers.ffn, of_swiglu(0, "mlp"), (1,))
@@ -209,17 +224,46 @@ def test_up_to_top_k_tokens_the_indexers_rotation_shows_in_the_scores_alone():
 # The library.
 
 
+def attended(module: MLA, x: np.ndarray) -> jax.Array:
+    return jax.jit(lambda m, x: m(x, *where(x.shape[1]))[0])(module, x)
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_dense_attention_equals_theirs_for_the_first_top_k_tokens(layer):
-    module, top_k = filled(jax.eval_shape(lambda: MLA(config(), jax.random.key(0))), of_attention(layer)), settings()["index_topk"]
+    module, top_k = attention(layer, sparse=False), settings()["index_topk"]
     for kind in ("short", "long"):
         x, out = recorded(kind, layer, "x", "out")
-        ours = jax.jit(lambda m, x: m(x, *where(x.shape[1]))[0])(module, x)
+        ours = attended(module, x)
         assert relative(ours[:, :top_k], out[:, :top_k]) < 1e-5
     assert relative(ours[:, top_k:], out[:, top_k:]) > 1e-2  # of the long input
 
 
-def test_the_dense_decoder_gives_their_logits_up_to_top_k_tokens():
-    model, bias = decoder()
-    ours = jax.jit(lambda m, tokens: logits(m, tokens, *where(tokens.shape[1]), bias))(model, golden()["short/tokens"])
-    assert relative(ours, golden()["short/logits"]) < 1e-4
+@pytest.mark.parametrize("layer", LAYERS)
+def test_sparse_attention_equals_theirs(layer):
+    x, out = recorded("long", layer, "x", "out")
+    assert relative(attended(attention(layer, sparse=True), x), out) < 1e-5
+
+
+def test_the_indexer_rotated_as_the_attention_is_misses_theirs(monkeypatch):
+    monkeypatch.setattr(indexer, "rotate", lambda x, positions, rope, *, interleaved: rotate(x, positions, rope))
+    x, out = recorded("long", 0, "x", "out")
+    assert relative(attended(attention(0, sparse=True), x), out) > 1e-2
+
+
+def test_decoding_five_tokens_at_a_time_gives_theirs():
+    """From a cache with room for more than there are."""
+    module, (x, out) = attention(0, sparse=True), recorded("long", 0, "x", "out")
+    cache, step = LatentCache.empty(config(sparse=True).attention, 2, 48, jnp.dtype("float32")), jax.jit(lambda m, *args: m.decode(*args))
+    positions, parts = where(x.shape[1])[0], []
+    for at in range(0, x.shape[1], 5):
+        part, cache = step(module, x[:, at : at + 5], positions[:, at : at + 5], cache)
+        parts.append(part)
+    assert relative(jnp.concatenate(parts, axis=1), out) < 1e-5
+
+
+@pytest.mark.parametrize(("kind", "sparse"), [("short", False), ("long", True)])
+def test_the_decoder_gives_their_logits(kind, sparse):
+    """Dense for as many tokens as would all be chosen."""
+    model, bias = decoder(sparse)
+    ours = jax.jit(lambda m, tokens: logits(m, tokens, *where(tokens.shape[1]), bias))(model, golden()[f"{kind}/tokens"])
+    assert relative(ours, golden()[f"{kind}/logits"]) < 1e-5

@@ -112,7 +112,7 @@ def test_what_a_token_read_reaches_later_tokens_of_its_document_alone(cross):
             assert seen[:start].any() == (t >= 7)
 
 
-@pytest.mark.parametrize("conv", [True, False])
+@pytest.mark.parametrize("conv", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_token_by_token_equals_all_at_once(conv):
     """Rows by the hash on the device, and the module with its state: chunks of 1, 3 and more tokens."""
     config, module = module_of("mhc", conv)
@@ -194,6 +194,7 @@ def test_a_memory_of_zeros_leaves_the_network_as_it_is(layers):
     assert float(got) == pytest.approx(float(wanted), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_gates_of_the_first_sequence_are_reported():
     config = config_of()
     model, batch = make(config), make_batch(config, sequences=B)

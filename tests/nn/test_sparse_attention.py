@@ -67,7 +67,6 @@ def test_a_layer_equals_the_oracle_beyond_top_k(float64, rope):
     loss = 0.0
     for i in range(2):
         out, scores, chosen = by_the_oracle(config, module, x[i], np.asarray(batch["positions"][i]), np.asarray(batch["segment_ids"][i]))
-        assert oracle.margin(scores, INDEXER.top_k) > 1e-9
         assert relative(got[i], out) < 1e-12
         assert max(map(len, chosen)) == INDEXER.top_k
         loss += loss_by_the_oracle(config, module, x[i], batch, i, scores, chosen)
@@ -143,10 +142,10 @@ def losses_gradients(stage: str):
 
     def losses(model):
         total, _, aux = batch_loss(model, batch, initial_router_bias(config))
-        return jnp.stack([total, aux.indexer_loss.sum()])
+        return total, aux.indexer_loss.sum()
 
-    both = jax.jit(jax.jacrev(losses))(model)
-    return jax.tree.map(lambda g: g[0], both), jax.tree.map(lambda g: g[1], both)
+    _, pull = jax.vjp(losses, model)
+    return pull((jnp.ones(()), jnp.zeros(())))[0], pull((jnp.zeros(()), jnp.ones(())))[0]
 
 
 @pytest.mark.parametrize("stage", ["warmup", "sparse"])

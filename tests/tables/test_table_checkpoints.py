@@ -33,6 +33,7 @@ def save(folder, tree, num_rows=NUM_ROWS):
     arrays.write(folder, arrays.to_host(tree, table_rows(tree, num_rows)), describe=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [pytest.param(row_adam, marks=pytest.mark.slow), lambda: sinkhorn_momentum(NUM_ROWS)])
 def test_a_table_goes_from_mesh_to_mesh(tmp_path, make):
     """8 -> 2 -> 1 -> 3 -> 7 -> 8 devices; the rows, the moments and their fingerprints stay, and padding is zero."""

@@ -41,6 +41,7 @@ def cut(run, tmp_path):
     return config, copy, load_artifact(copy / "engram.json", ENGRAM, fits["tokenizer"]), fits
 
 
+@pytest.mark.slow
 def test_a_cut_run_goes_on_with_its_file_and_makes_it_again_when_it_is_gone(run, cut):
     config, folder, artifact, fits = cut
     assert fits["n-gram tables"] == artifact.checksum

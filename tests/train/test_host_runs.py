@@ -118,6 +118,7 @@ def same(got, wanted, config):
         assert not np.array_equal(b, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hot_rows", only([HOT], [0, HOT]))
 def test_a_run_is_that_of_tables_on_the_device(runs, hot_rows):
     config, folder = runs("host", hot_rows)

@@ -55,7 +55,7 @@ def test_a_finished_run_is_not_trained_again(run, tiny, monkeypatch):
     assert train(tiny, folder, say=quiet) == summary
 
 
-@pytest.mark.parametrize("cut_at", [1, 5])
+@pytest.mark.parametrize("cut_at", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_a_cut_run_goes_on_bit_for_bit(run, tiny, tmp_path, monkeypatch, cut_at):
     whole, summary = run
     with monkeypatch.context() as patch:
@@ -100,6 +100,7 @@ def test_a_checkpoint_restores_every_array(run, tiny):
     assert not np.array_equal(state.model.embedding, initial_state(tiny).model.embedding)
 
 
+@pytest.mark.slow
 def test_a_run_without_experts_saves_and_restores(tiny, tmp_path):
     config = override(tiny, {"model.dense_layers": 2, "train.steps": 2})
     assert np.isfinite(train(config, tmp_path, say=quiet)["loss"])

@@ -91,6 +91,7 @@ def test_eight_devices_move_tables_as_one(tiny, optimizer):
     assert {shard.data.shape[0] for shard in table.addressable_shards} == {table.shape[0] // 8}
 
 
+@pytest.mark.slow
 def test_microbatches_move_tables_as_the_whole_batch_does(tiny):
     config = config_of(tiny)
     same(trained(override(config, {"train.microbatches": 4})), config, 1e-3)

@@ -48,6 +48,7 @@ def test_accumulated_gradients_equal_the_whole_batchs(tiny):
     np.testing.assert_array_equal(actual.expert_load, expected.expert_load)
 
 
+@pytest.mark.slow
 def test_router_bias_moves_by_the_rate_against_the_load_of_the_whole_batch(tiny):
     config = override(tiny, {"model.moe.balance_loss": 0.1, "train.microbatches": 4})
     load = np.asarray(gradients_of(config).expert_load)

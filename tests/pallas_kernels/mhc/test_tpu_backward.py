@@ -115,6 +115,7 @@ def test_tiles_with_fewer_tokens_than_lanes(float64, monkeypatch):
     Seam(Mapping(2), 128, 150, BF16).check()
 
 
+@pytest.mark.slow
 def test_a_token_of_zeros(float64):
     """Its inverse rms is 1e10, and its gradients are still those of the specification."""
     Seam(Mapping(2), 128, 40, F32, zero=7).check()

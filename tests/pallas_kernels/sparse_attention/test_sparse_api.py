@@ -12,7 +12,8 @@ from pallas_kernels.sparse_attention import NO_KEYS, sparse_mla
 from pallas_kernels.visible import PAGE, Selected, Span, causal_span, tokens_of_pages
 
 SHAPES = {
-    "one chunk": {},
+    "one chunk, keys gathered": {"chosen": 5},
+    "one chunk, keys masked": {"chosen": 6},  # a quarter of them
     "ragged chunks": {"length": 29, "options": {"query_chunk": 8}},
     "decoding": {"length": 1, "keys": 50, "empty": False},
     "queries after a cache": {"length": 5, "keys": 37, "options": {"query_chunk": 2}},

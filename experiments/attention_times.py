@@ -1,0 +1,78 @@
+"""Longer sequences and decoding from the programs that were modelled: how each part's time follows from its size. Arithmetic alone.
+
+Dense attention and the choice of pages over a whole sequence of S tokens take a S + b S^2 (heads are independent, so dense attention is
+modelled for two of them). The choice of tokens takes a + b T for a chunk of queries that sees T keys. Attention to what was chosen takes
+the same for every query.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mhc_jax.experiments.attention_counts import crossing
+from mhc_jax.experiments.attention_modelled import CACHES, CHUNK, DENSE_HEADS, FEW, WHOLE, Program
+
+
+@dataclass(frozen=True)
+class Times:
+    """Modelled microseconds of one layer, from what was found for one chip."""
+
+    found: Mapping[str, Any]  # by `Program.key`
+    heads: int = 128
+
+    def us(self, program: Program) -> float | None:
+        """Of one program, None where there is no valid figure."""
+        record = self.found.get(program.key)
+        return None if record is None or record["problems"] else record["us"]
+
+    def dense(self, tokens: float) -> float | None:
+        """Of a whole sequence with dense attention, forward."""
+        found = self._whole([Program("dense", size, size, DENSE_HEADS) for size in WHOLE], tokens)
+        return None if found is None else found * self.heads / DENSE_HEADS
+
+    def pages(self, tokens: float) -> float | None:
+        """The same with attention to chosen pages, the choice included."""
+        choice = self._whole([Program("select_pages", size, size) for size in WHOLE], tokens)
+        attention = self.us(Program("pages", CHUNK, CACHES[1]))
+        return None if choice is None or attention is None else choice + attention * tokens / CHUNK
+
+    def tokens(self, tokens: float) -> float | None:
+        """The same with attention to chosen tokens, the choice included: chunk by chunk, each over the keys before it."""
+        choice, attention = self._chosen(CHUNK, tokens / 2), self.us(Program("tokens", FEW, CACHES[1]))
+        return None if choice is None or attention is None else choice * tokens / CHUNK + attention * tokens / FEW
+
+    def decoded(self, keys: float) -> float | None:
+        """Of one more token of one sequence over a cache of so many keys: choice of tokens and attention to them."""
+        choice, attention = self._chosen(1, keys), self.us(Program("tokens", 1, CACHES[1]))
+        return None if choice is None or attention is None else choice + attention
+
+    def break_even(self, granularity: str) -> float | None:
+        """Tokens from which on prefill takes less with "pages" or "tokens" than with dense attention; None where they do not cross."""
+        sparse = getattr(self, granularity)
+        if self.dense(1.0) is None or sparse(1.0) is None:
+            return None
+        try:
+            return crossing(sparse, self.dense, first=float(CHUNK))  # type: ignore[arg-type]
+        except ValueError:
+            return None
+
+    def _whole(self, programs: list[Program], tokens: float) -> float | None:
+        """a S + b S^2 through the modelled sizes, least squares of relative errors."""
+        times = [self.us(program) for program in programs]
+        if None in times:
+            return None
+        size, us = np.array([program.queries for program in programs], float), np.array(times, float)
+        a, b = np.linalg.lstsq(np.stack([size, size**2], axis=1) / us[:, None], np.ones_like(us), rcond=None)[0]
+        return float(a * tokens + b * tokens**2)
+
+    def _chosen(self, queries: int, keys: float) -> float | None:
+        """a + b T through the modelled caches."""
+        times = [self.us(Program("select_tokens", queries, size)) for size in CACHES]
+        if None in times:
+            return None
+        us = np.array(times, float)
+        columns = np.stack([np.ones(len(CACHES)), np.array(CACHES, float)], axis=1)
+        a, b = np.linalg.lstsq(columns / us[:, None], np.ones_like(us), rcond=None)[0]
+        return float(a + b * keys)
