@@ -75,7 +75,7 @@ def target() -> tuple[str, str]:
 def misfit_of(x: jax.Array, width: int | None = None) -> str | None:
     """What about streams x, `width` columns each, the kernels cannot take. Without a width any will do."""
     if x.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"the streams are {x.dtype}; the kernels take bfloat16 and float32"
+        return f"the arrays are {x.dtype}; the kernels take bfloat16 and float32"
     if width is not None and width % LANES:
         return f"C is {width}; the kernels need a multiple of {LANES}"
     if 0 in x.shape:

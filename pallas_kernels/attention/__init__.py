@@ -3,6 +3,7 @@
 spec         what it returns
 reference    the specification in plain jnp
 xla          a block of queries at a time in plain XLA, for any size and platform
+tpu          flash kernels
 choose       which implementation runs
 api          what a user calls
 """

@@ -3,7 +3,7 @@
 import jax
 
 from pallas_kernels.case import Implementation
-from pallas_kernels.choose import Kernels
+from pallas_kernels.choose import LANES, Kernels, misfit_of
 from pallas_kernels.choose import choose as choose_of
 
 FAMILY = "attention"
@@ -17,6 +17,11 @@ def choose(q_nope: jax.Array, q_rope: jax.Array, value: jax.Array, name: Impleme
     """
 
     def limit(name: str) -> str | None:
-        return f"dense attention has no kernels for {name.upper()}"
+        if name != "tpu":
+            return f"dense attention has no kernels for {name.upper()}"
+        width, rope, out_width = q_nope.shape[3], q_rope.shape[3], value.shape[3]
+        if width % LANES or out_width % LANES or rope % (LANES // 2):
+            return f"D, R and V are {width}, {rope} and {out_width}; the kernels need multiples of {LANES}, {LANES // 2} and {LANES}"
+        return None
 
-    return choose_of(FAMILY, name, interpret, None, limit=limit)
+    return choose_of(FAMILY, name, interpret, misfit_of(q_nope), limit=limit)

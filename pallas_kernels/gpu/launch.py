@@ -17,6 +17,8 @@ from pallas_kernels.choose import SHARED_MEMORY as SHARED_MEMORY
 TOKENS = 64  # tokens in a tile: the rows of a wgmma
 MATRIX = plgpu.Layout.WGMMA
 COLUMN = plgpu.Layout.WGMMA.reduce(1)  # one value for each row of a MATRIX
+ROW = plgpu.Layout.WGMMA.reduce(0)  # one value for each column of a MATRIX
+WARPGROUP = "warpgroup"
 MULTIPROCESSORS = 132  # of an H100 or H200; only the number of programs that a grid is cut into depends on it
 
 
@@ -39,20 +41,32 @@ Tiles = dict[str, list[Tile]]
 
 
 def kernel(
-    body: Callable, inputs: dict[str, jax.Array], outputs: dict[str, Any], grid: dict[str, int], *, interpret: bool, scratch: tuple = ()
+    body: Callable,
+    inputs: dict[str, jax.Array],
+    outputs: dict[str, Any],
+    grid: dict[str, int],
+    *,
+    interpret: bool,
+    scratch: tuple = (),
+    warpgroups: int = 1,
 ) -> dict[str, jax.Array]:
-    """Runs `body(refs, *scratch)` on a grid with named axes; refs, inputs and outputs go by name. With `interpret` on the CPU."""
+    """Runs `body(refs, *scratch)` on a grid with named axes; refs, inputs and outputs go by name. With `interpret` on the CPU.
+
+    Programs of several warpgroups share the scratch; each runs the body, and `jax.lax.axis_index(WARPGROUP)` tells them apart.
+    """
 
     def named(*refs):
         names = [*inputs, *outputs]
         body(dict(zip(names, refs)), *refs[len(names) :])
 
+    threads: dict[str, Any] = {"num_threads": warpgroups, "thread_name": WARPGROUP} if warpgroups > 1 else {}
     call = plgpu.kernel(
         named,
         out_type=list(outputs.values()),
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         scratch_types=list(scratch),
+        **threads,
         interpret=_interpreter() if interpret else False,
         # The other lowering, Warpgroup, finds layouts by itself; with some hundreds of operations that takes twenty times longer.
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),

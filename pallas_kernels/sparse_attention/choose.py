@@ -1,5 +1,7 @@
 """Which implementation of sparse attention runs. What all families have in common stands in `pallas_kernels.choose`."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 
@@ -22,8 +24,8 @@ def choose(
     """
 
     def limit(name: str) -> str | None:
-        if name != "tpu":
-            return "there are no GPU kernels yet"
+        if name == "gpu":
+            return importlib.import_module(f"pallas_kernels.{FAMILY}.gpu").misfit(latent, rank, q_rope.shape[2])
         return _tpu_misfit(q_rope, latent, rank, selected.index.shape[-1], pages)
 
     return choose_of(FAMILY, name, interpret, None, limit=limit)

@@ -33,6 +33,7 @@ INTEGER: dict[str, Callable[[int, int], int]] = {
     "ssub.s32": operator.sub,
     "smul.u32": lambda a, b: unsigned(a) * unsigned(b),
     "smul.s32": operator.mul,
+    "smulhi.u32": lambda a, b: unsigned(a) * unsigned(b) >> 32,
     "sand.u32": operator.and_,
     "sor.u32": operator.or_,
     "sxor.u32": operator.xor,

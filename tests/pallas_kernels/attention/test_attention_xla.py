@@ -14,7 +14,7 @@ from pallas_kernels.attention import dense_attention, reference
 TINY = {"width": 4, "rope": 2, "value": 3}
 
 
-@pytest.mark.parametrize("query_block", [1, 4, 64])
+@pytest.mark.parametrize("query_block", [5, 64])
 def test_float32_equals_the_specification_in_float64(query_block):
     p = problem(13, batch=2, documents=3, **TINY)
     found = errors(run(p, "xla", query_block=query_block), oracle(p))

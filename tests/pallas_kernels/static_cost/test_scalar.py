@@ -12,6 +12,7 @@ NUMPY = {
     "sadd.s32": np.add,
     "ssub.s32": np.subtract,
     "smul.u32": np.multiply,
+    "smulhi.u32": lambda a, b: np.uint32(int(a.view(np.uint32)) * int(b.view(np.uint32)) >> 32).view(np.int32),
     "sand.u32": np.bitwise_and,
     "sor.u32": np.bitwise_or,
     "sxor.u32": np.bitwise_xor,
