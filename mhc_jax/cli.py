@@ -35,6 +35,7 @@ from mhc_jax.typecheck import shown
 SHORTHANDS = {"--residual": "--model.residual", "--seed": "--train.seed", "--steps": "--train.steps"}
 
 MOST_ROUNDS = 1_000_000
+MOST_DECODED = 1_000_000  # tokens
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,12 @@ class Data:
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure step time and memory of the residual variants, their steps interleaved in one process."""
+    """Measure step time and memory of the residual variants, their steps interleaved in one process; or, with --decode, of decoding."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     rounds: int = 10  # measured steps of each variant
     variants: tuple[str, ...] = ("residual", "hc", "mhc", "identity_hc")  # residual kinds
+    decode: int | None = None  # measure instead one more token after so many, with dense and with sparse attention
     torch_python: Path | None = None  # python of an environment with torch and transformers, to run the same shape in PyTorch beside them
 
 
@@ -334,7 +336,14 @@ def _bench(args: list[str]) -> None:
     _check_variants(options.variants)
     if not 1 <= options.rounds <= MOST_ROUNDS:
         raise UserError(f"--rounds is {options.rounds}; it must be 1 to {MOST_ROUNDS}")
+    if options.decode is not None and not 1 <= options.decode <= MOST_DECODED:
+        raise UserError(f"--decode is {options.decode}; it must be 1 to {MOST_DECODED}")
     _prepare_jax()
+    if options.decode is not None:
+        from mhc_jax.experiments import decode_speed
+
+        print(decode_speed.table(decode_speed.measure(options.config, options.decode, options.rounds), options.decode))
+        return
     from mhc_jax.experiments.step_cost import measure, table
     from mhc_jax.experiments.torch_process import torch_baseline
 

@@ -38,14 +38,15 @@ class Generated(NamedTuple):
     texts: list[str]  # without the prompts
     prompt_tokens: int  # of all prompts
     prefill_seconds: float
-    tokens: int  # drawn, of all sequences, end-of-text included
+    tokens: list[list[int]]  # drawn for each prompt, end-of-text included
     decode_seconds: float
 
     @property
     def speed(self) -> str:
         """One line for people."""
-        read, drawn = self.prompt_tokens / self.prefill_seconds, self.tokens / self.decode_seconds
-        return f"prefill: {self.prompt_tokens} tokens, {read:,.0f} a second; decode: {self.tokens} tokens, {drawn:,.0f} a second"
+        drawn = sum(map(len, self.tokens))
+        parts = ("prefill", self.prompt_tokens, self.prefill_seconds), ("decode", drawn, self.decode_seconds)
+        return "; ".join(f"{name}: {count} tokens, {count / seconds:,.1f} a second" for name, count, seconds in parts)
 
 
 class Generator:
@@ -56,13 +57,13 @@ class Generator:
         # Taking modules apart costs more at every call than the call itself: programs are given a list of arrays.
         structure: Any
         self._arrays, structure = jax.tree.flatten(network)
-        end, known = tokenizer.end_of_text, tokenizer.size
+        known = tokenizer.size
 
         def prefill(arrays: list[Any], tokens: Any, count: Any, logits: Any, cache: Cache) -> tuple[Any, Cache]:
             found, cache = decode(structure.unflatten(arrays), tokens, count, cache)
             return jnp.where(count[:, None] > 0, found[:, :known], logits), cache  # the model may have room for more tokens than there are
 
-        def step(arrays: list[Any], tokens: Any, alive: Any, cache: Cache) -> tuple[Any, Any, Cache]:
+        def step(arrays: list[Any], tokens: Any, end: Any, alive: Any, cache: Cache) -> tuple[Any, Any, Cache]:
             alive &= tokens != end
             logits, cache = decode(structure.unflatten(arrays), tokens[:, None], alive.astype(jnp.int32), cache)
             return logits[:, :known], alive, cache
@@ -146,7 +147,7 @@ class Generator:
         drawn = self._draw(logits, cache, keys, sampling, max_tokens, say)
         ended = time.perf_counter()
         texts = [self.tokenizer.decode([token for token in own if token != self.tokenizer.end_of_text]) for own in drawn]
-        return Generated(texts, sum(map(len, ids)), prefilled - begun, sum(map(len, drawn)), ended - prefilled)
+        return Generated(texts, sum(map(len, ids)), prefilled - begun, drawn, ended - prefilled)
 
     def _compile(self, cache: Cache, keys: Any, sampling: Sampling) -> Cache:
         """Runs every program once on no tokens, which leaves the cache as it is."""
@@ -154,7 +155,7 @@ class Generator:
         none, no_tokens = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, PREFILL), jnp.int32)
         logits, cache = self._prefill(self._arrays, no_tokens, none, self._no_logits(batch), cache)
         tokens = self._sample(logits, keys, cache.length, sampling)
-        _, _, cache = self._step(self._arrays, tokens, jnp.zeros(batch, bool), cache)
+        _, _, cache = self._step(self._arrays, tokens, self.tokenizer.end_of_text, jnp.zeros(batch, bool), cache)
         return jax.block_until_ready(cache)
 
     def _no_logits(self, batch: int) -> jax.Array:
@@ -182,7 +183,7 @@ class Generator:
         for left in reversed(range(max_tokens)):
             tokens = self._sample(logits, keys, cache.length, sampling)
             if left:
-                logits, alive, cache = self._step(self._arrays, tokens, alive, cache)
+                logits, alive, cache = self._step(self._arrays, tokens, end, alive, cache)
             for own, token in zip(drawn, np.asarray(tokens).tolist()):
                 if not own or own[-1] != end:
                     own.append(token)
