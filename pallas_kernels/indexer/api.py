@@ -1,7 +1,7 @@
 """What a user calls: one signature for every platform, and bad input refused.
 
-Scores and selection take `implementation`: "tpu" (Pallas Mosaic TPU), "xla" (any platform and shape), or None for what the platform has;
-and `interpret`, which runs a kernel step by step on any platform, for tests.
+Scores and selection take `implementation`: "tpu" (Pallas Mosaic TPU), "gpu" (Pallas Mosaic GPU, Hopper), "xla" (any platform and shape), or
+None for what the platform has; and `interpret`, which runs a kernel step by step on any platform, for tests.
 
 Letters in shapes: B sequences, S queries, T keys, J heads of the indexer and I their size; H heads of attention, D and R their unrotated
 and rotated size, K the size of a latent.

@@ -1,5 +1,7 @@
 """Which implementation of the indexer runs. What all families have in common stands in `pallas_kernels.choose`."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 
@@ -19,7 +21,7 @@ def choose(q: jax.Array, name: Implementation | None, interpret: bool) -> Kernel
     """
 
     def limit(name: str) -> str | None:
-        return "there are no GPU kernels of the indexer" if name == "gpu" else None
+        return importlib.import_module(f"pallas_kernels.{FAMILY}.gpu").misfit(q) if name == "gpu" else None
 
     return choose_of(FAMILY, name, interpret, _misfit(q), limit=limit)
 

@@ -33,7 +33,7 @@ def index_scores(q: Array, k: Array, weight: Array, span: Span, *, interpret: ti
             in_specs=specs(shape),
             out_specs=pl.BlockSpec((1, shape.queries, shape.keys), lambda i, b, n, _: (b, shape.block(i), n)),
         ),
-        out_shape=jax.ShapeDtypeStruct((batch, given.q.shape[1], given.k.shape[1]), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((batch, given.q.shape[2], given.k.shape[1]), jnp.float32),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=tiles.vmem_limit(chip)
         ),

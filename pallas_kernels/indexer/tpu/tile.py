@@ -1,8 +1,9 @@
 """Scores of a few queries and keys on TPU, heads added up in registers; what the kernels that need scores share.
 
-A head's queries lie on lanes of their own, [S, J * I]: slices of 64 queries, below one another, are the rows of one product, and nothing is
-moved. Between a product and the sum stand three vector operations: its positive part, times a column of weights, added. The matrix units
-need as long for it or longer, as I is 128 and their depth 128 (v5e, v5p) or 256 (v6e, tpu7x, of which half is then idle).
+Queries come heads first, which XLA makes the layout of what computes them. 64 queries of each of 16 heads, below one another, are the
+rows of one product, and nothing is moved. Between a product and the sum stand three vector operations: its positive part, times a column
+of weights, added. The matrix units need as long for it or longer, as I is 128 and their depth 128 (v5e, v5p) or 256 (v6e, tpu7x, of which
+half is then idle).
 """
 
 from collections.abc import Callable
@@ -61,7 +62,7 @@ class Operands:
 
     shape: Shape
     bounds: Array  # int32 [2, B, S / ROWS]: of each group of queries, the first visible key and one after the last
-    q: Array  # [B, S, J * I]
+    q: Array  # [B, J, S, I]
     k: Array  # [B, T, I]
     # float32 [B, S, J + 2]: weights, then the span (numbers below 2^24 are exact). In HBM a row of columns fills 128 lanes anyway.
     columns: Array
@@ -84,7 +85,7 @@ def operands(
     return Operands(
         shape,
         jnp.stack([low, high]),
-        jnp.pad(q.reshape(batch, length, heads * size), fill),
+        jnp.pad(q.swapaxes(1, 2), ((0, 0), *fill)),
         jnp.pad(k, ((0, 0), (0, columns - keys), (0, 0))),
         jnp.concatenate([jnp.pad(weight, fill), beside], axis=2),
     )
@@ -96,7 +97,7 @@ def scores_of(shape: Shape, q: Ref, k: Array, columns: Ref, rows: Any, start: An
     together = divisor(shape.heads, HEADS)
     for head in range(0, shape.heads, together):
         heads = range(head, head + together)
-        stacked = jnp.concatenate([q[0, rows, j * shape.size : (j + 1) * shape.size] for j in heads], axis=0)
+        stacked = jnp.concatenate([q[0, j, rows, :] for j in heads], axis=0)
         dots = jax.lax.dot_general(stacked, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         for j in range(together):
             weight = columns[0, rows, head + j : head + j + 1]
@@ -140,7 +141,7 @@ def specs(shape: Shape) -> list[pl.BlockSpec]:
         return b, jnp.minimum(n, shape.last_key_block(shape.block(i))), 0
 
     return [
-        pl.BlockSpec((1, shape.queries, shape.heads * shape.size), of_queries),
+        pl.BlockSpec((1, shape.heads, shape.queries, shape.size), lambda i, b, n, _: (b, 0, shape.block(i), 0)),
         pl.BlockSpec((1, shape.keys, shape.size), of_keys),
         pl.BlockSpec((1, shape.queries, shape.heads + 2), of_queries),
     ]

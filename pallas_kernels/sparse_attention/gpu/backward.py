@@ -19,7 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.launch import COLUMN, MATRIX, ROW, check_wgmma, kernel, layout, shared
 from pallas_kernels.gpu.products import numbers, plus_products, spread, times_transposed, zeros
-from pallas_kernels.sparse_attention.gpu.tiles import LOG2_E, ROWS, SLOTS, USERS, Source, bring, divide, inputs_of, meet, use
+from pallas_kernels.gpu.warpgroups import SLOTS, USERS, bring, divide, meet, use
+from pallas_kernels.sparse_attention.gpu.tiles import LOG2_E, ROWS, Source, inputs_of
 
 Array = jax.Array
 Span = tuple[Array, Array] | None

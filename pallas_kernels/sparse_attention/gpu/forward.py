@@ -11,7 +11,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.launch import COLUMN, WARPGROUP, check_wgmma, kernel, layout, shared
 from pallas_kernels.gpu.products import numbers, plus_products, spread, times_transposed, zeros
-from pallas_kernels.sparse_attention.gpu.tiles import LOG2_E, ROWS, SLOTS, USERS, Source, bring, divide, inputs_of, meet, use
+from pallas_kernels.gpu.warpgroups import SLOTS, USERS, bring, divide, meet, use
+from pallas_kernels.sparse_attention.gpu.tiles import LOG2_E, ROWS, Source, inputs_of
 from pallas_kernels.sparse_attention.spec import NO_KEYS
 
 Array = jax.Array

@@ -1,10 +1,5 @@
-"""What the kernels share: where tiles of latents come from, tokens or pages, which of them a query sees, and how tiles are handed on.
+"""What the kernels share: where tiles of latents come from, tokens or pages, and which of them a query sees."""
 
-Tiles arrive in turns in a few slots of shared memory. One warpgroup of a program, the last, brings them; the others, USERS, use them. Of
-every slot `full` says that it has arrived, `empty` that all have used it.
-"""
-
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +9,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import gather
-from pallas_kernels.gpu.launch import WARPGROUP
 from pallas_kernels.visible import PAGE
 
 Array = jax.Array
 
 ROWS = 64  # rows of a wgmma: heads of a program, or latents of one
-USERS = 2  # warpgroups that multiply
-SLOTS = 2
-BRINGER_REGISTERS, USER_REGISTERS = 40, 232  # of a thread; 128 and 2 * 128 threads together have 65536
 LOG2_E = 1.4426950408889634
 
 
@@ -76,69 +67,6 @@ class Source:
         if not self.pages:
             gather.wait_for_copies(but, self.interpret)
             plgpu.barrier_arrive(barrier)
-
-
-def bring(steps: Array | int, fetch: Callable, full: Any, empty: Any, arrive: Callable[[int, Any], None] | None = None) -> None:
-    """fetch(step, slot, full) for all steps in turn. `arrive` is called for every step once the next one's copies are under way."""
-
-    def one(step, _):
-        slot = jax.lax.rem(step, jnp.int32(SLOTS))
-        pl.when(step >= SLOTS)(lambda: plgpu.barrier_wait(empty.at[slot]))
-        fetch(step, slot, full.at[slot])
-        if arrive is not None:
-            pl.when(step > 0)(lambda: arrive(1, full.at[jax.lax.rem(step - 1, jnp.int32(SLOTS))]))
-
-        return ()
-
-    jax.lax.fori_loop(0, steps, one, ())
-    if arrive is not None:
-        pl.when(steps > 0)(lambda: arrive(0, full.at[jax.lax.rem(steps - 1, jnp.int32(SLOTS))]))
-
-    def drain(step, _):  # the interpreter wants every phase of a barrier waited for
-        plgpu.barrier_wait(empty.at[jax.lax.rem(step, jnp.int32(SLOTS))])
-        return ()
-
-    jax.lax.fori_loop(jnp.maximum(steps - SLOTS, 0), steps, drain, ())
-
-
-def use(steps: Array | int, body: Callable, carry: Any, full: Any, empty: Any) -> Any:
-    """carry = body(step, slot, carry) for all steps in turn; returns the last carry."""
-
-    def one(step, carry):
-        slot = jax.lax.rem(step, jnp.int32(SLOTS))
-        plgpu.barrier_wait(full.at[slot])
-        carry = body(step, slot, carry)
-        plgpu.commit_smem()  # what was read before what is copied next
-        plgpu.barrier_arrive(empty.at[slot])
-        return carry
-
-    return jax.lax.fori_loop(0, steps, one, carry)
-
-
-def divide(bringer: Callable[[], None], users: list[Callable[[], None]]) -> None:
-    """Runs what each warpgroup does, with registers shared out."""
-    who = jax.lax.axis_index(WARPGROUP)
-
-    def last():
-        plgpu.set_max_registers(BRINGER_REGISTERS, action="decrease")
-        bringer()
-
-    def others():
-        plgpu.set_max_registers(USER_REGISTERS, action="increase")
-        for i, user in enumerate(users):
-            if len(users) == 1:
-                user()
-            else:
-                pl.when(who == i)(user)
-
-    pl.when(who == USERS)(last)
-    pl.when(who < USERS)(others)
-
-
-def meet(barrier: Any) -> None:
-    """All users wait for each other; the barrier counts USERS arrivals."""
-    plgpu.barrier_arrive(barrier)
-    plgpu.barrier_wait(barrier)
 
 
 def filled(x: Array, axis: int) -> Array:
