@@ -28,7 +28,7 @@ FILE = "modelled.json"
 TOPOLOGIES = ("v6e:2x2", "v5p:2x2x1", "tpu7x:2x2x1")
 K = 1024
 WHOLE = (4 * K, 8 * K, 16 * K)  # sequences that dense attention and the choice of pages are modelled over
-CACHES = (8 * K, 32 * K, 128 * K)  # keys that a chunk of queries, or one, chooses tokens from
+CACHES = (8 * K, 32 * K, 128 * K)  # keys that a chunk of queries chooses tokens from
 DENSE_HEADS = 2
 CHUNK = 512  # queries that choose, and that attend to pages
 FEW = 64  # queries that attend to tokens
@@ -52,11 +52,10 @@ class Program:
 def programs() -> list[Program]:
     """All of them, the quickest first."""
     return [
-        *(Program("select_tokens", queries, keys) for queries in (CHUNK, 1) for keys in CACHES),
+        *(Program("select_tokens", CHUNK, keys) for keys in CACHES),
         *(Program("select_pages", tokens, tokens) for tokens in WHOLE),
         *(Program("dense", tokens, tokens, DENSE_HEADS) for tokens in WHOLE),
         Program("tokens", FEW, CACHES[1]),
-        Program("tokens", 1, CACHES[1]),
         Program("pages", CHUNK, CACHES[1]),
     ]
 

@@ -32,7 +32,7 @@ def times_blocks(found: Mapping[str, Any], how: str) -> list[Block]:
             "lines go through them by their laws of growth. A vertical line is a break-even."
         )
         blocks += [Heading(how.capitalize()), Picture(f"figures/{how}.png", f"Time of a token, {how}", reading, picture)]
-        blocks += [times_table(times), decode_table(times)]
+        blocks.append(times_table(times))
     problems = [
         f"{chip(name)}, {key}: {record['problems'][0]}" for name, own in found.items() for key, record in own.items() if record["problems"]
     ]
@@ -60,12 +60,6 @@ def times_table(times: Mapping[str, Times]) -> Table:
     return Table(["chip and sequence", "dense, ms", "pages with choice, ms", "tokens with choice, ms"], rows)
 
 
-def decode_table(times: Mapping[str, Times]) -> Table:
-    """Microseconds of one more token."""
-    rows = [[name, *(_microseconds(own.decoded(keys)) for keys in (8 * K, 128 * K, 1024 * K))] for name, own in times.items()]
-    return Table(["one more token over a cache of, us", "8K", "128K", "1M"], rows)
-
-
 def memory_table(memory: Mapping[str, Any]) -> Table:
     """Temporaries of every layer on every chip."""
     rows = []
@@ -80,7 +74,3 @@ def memory_table(memory: Mapping[str, Any]) -> Table:
 
 def _milliseconds(us: float | None) -> str:
     return NONE if us is None else significant(us / 1e3)
-
-
-def _microseconds(us: float | None) -> str:
-    return NONE if us is None else significant(us)

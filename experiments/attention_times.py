@@ -1,4 +1,4 @@
-"""Longer sequences and decoding from the programs that were modelled: how each part's time follows from its size. Arithmetic alone.
+"""Longer sequences from the programs that were modelled: how each part's time follows from its size. Arithmetic alone.
 
 Dense attention and the choice of pages over a whole sequence of S tokens take a S + b S^2 (heads are independent, so dense attention is
 modelled for two of them). The choice of tokens takes a + b T for a chunk of queries that sees T keys. Attention to what was chosen takes
@@ -40,13 +40,8 @@ class Times:
 
     def tokens(self, tokens: float) -> float | None:
         """The same with attention to chosen tokens, the choice included: chunk by chunk, each over the keys before it."""
-        choice, attention = self._chosen(CHUNK, tokens / 2), self.us(Program("tokens", FEW, CACHES[1]))
+        choice, attention = self._chosen(tokens / 2), self.us(Program("tokens", FEW, CACHES[1]))
         return None if choice is None or attention is None else choice * tokens / CHUNK + attention * tokens / FEW
-
-    def decoded(self, keys: float) -> float | None:
-        """Of one more token of one sequence over a cache of so many keys: choice of tokens and attention to them."""
-        choice, attention = self._chosen(1, keys), self.us(Program("tokens", 1, CACHES[1]))
-        return None if choice is None or attention is None else choice + attention
 
     def break_even(self, granularity: str) -> float | None:
         """Tokens from which on prefill takes less with "pages" or "tokens" than with dense attention; None where they do not cross."""
@@ -67,9 +62,9 @@ class Times:
         a, b = np.linalg.lstsq(np.stack([size, size**2], axis=1) / us[:, None], np.ones_like(us), rcond=None)[0]
         return float(a * tokens + b * tokens**2)
 
-    def _chosen(self, queries: int, keys: float) -> float | None:
-        """a + b T through the modelled caches."""
-        times = [self.us(Program("select_tokens", queries, size)) for size in CACHES]
+    def _chosen(self, keys: float) -> float | None:
+        """Of a chunk: a + b T through the modelled caches."""
+        times = [self.us(Program("select_tokens", CHUNK, size)) for size in CACHES]
         if None in times:
             return None
         us = np.array(times, float)

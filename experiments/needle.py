@@ -51,7 +51,7 @@ class Scale(NamedTuple):
     top_k: int = 64
     batch: int = 8
     first: int = 600  # steps from scratch
-    warmup: int = 100
+    warmup: int = 400
     more: int = 150  # steps after that
 
 

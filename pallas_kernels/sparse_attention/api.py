@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.case import Implementation
 from pallas_kernels.sparse_attention.choose import choose
-from pallas_kernels.sparse_attention.chunks import Plan, attend
-from pallas_kernels.sparse_attention.spec import Keys, SparseAttended, Weights, xla_chunk
+from pallas_kernels.sparse_attention.chunks import attend, plan_of
+from pallas_kernels.sparse_attention.spec import Keys, SparseAttended, Weights
 from pallas_kernels.visible import PAGE, Selected, Span
 
 Array = jax.Array
@@ -55,15 +55,12 @@ def sparse_mla(
       ValueError: a shape, a type or the platform does not fit; the message says what would.
     """
     _check(q_nope, q_rope, key_up, value_up, latent, selected, span, pages, query_chunk)
-    (batch, length, heads, _), rank = q_nope.shape, key_up.shape[0]
-    kernels = choose(q_rope, latent, rank, selected, implementation, interpret, pages=pages)
-    keys = selected.index.shape[-1] * (PAGE if pages else 1)
-    if kernels.name == "xla":
-        query_chunk = min(query_chunk, xla_chunk(batch, heads, keys, latent.shape[-1], latent.dtype.itemsize, pages))
-    padding = PAGE if pages and (length > PAGE or kernels.name != "xla") else 1
-    chunk = min(-(-query_chunk // padding) * padding, length)
-    plan = Plan(scale, pages, chunk, padding, kernels)
-    return attend(plan, q_nope, q_rope, Weights(key_up, value_up), latent, Keys(*selected, *span))
+    kernels = choose(q_rope, latent, key_up.shape[0], selected, implementation, interpret, pages=pages)
+    plans = (
+        plan_of(kernels, q_rope, latent, selected.index.shape[-1], scale=scale, pages=pages, query_chunk=query_chunk, backward=backward)
+        for backward in (False, True)
+    )
+    return attend(*plans, q_nope, q_rope, Weights(key_up, value_up), latent, Keys(*selected, *span))
 
 
 def _check(

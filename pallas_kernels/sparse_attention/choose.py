@@ -11,6 +11,7 @@ from pallas_kernels.choose import choose as choose_of
 from pallas_kernels.visible import PAGE, Selected
 
 FAMILY = "sparse_attention"
+MOST_TOKENS = 4096  # of a query: two buffers of rows of 2 KiB, in VMEM
 HEADS = 16  # the TPU kernels take multiples of it: a tile of bfloat16 rows
 
 
@@ -37,8 +38,12 @@ def _tpu_misfit(q_rope: jax.Array, latent: jax.Array, rank: int, chosen: int, pa
         return f"the latents are {latent.dtype}; the TPU kernels take bfloat16"
     if rank % LANES or heads % HEADS:
         return f"K is {rank} and H {heads}; the TPU kernels need multiples of {LANES} and {HEADS}"
+    if not pages and rank % (2 * LANES):
+        return f"K is {rank}; the TPU kernel for single tokens needs a multiple of {2 * LANES}"
+    if not pages and chosen > MOST_TOKENS:
+        return f"{chosen} tokens are chosen; the TPU kernel for single tokens takes up to {MOST_TOKENS}"
     if not pages:
-        return "the TPU kernels take pages of keys, not single tokens"
+        return None
     if length < PAGE:
         return f"there are {length} queries; the TPU kernels take blocks of {PAGE}"
     from pallas_kernels.sparse_attention.tpu.blocks import vmem_misfit  # Pallas is imported where it is used

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.choose import Kernels
-from pallas_kernels.sparse_attention.spec import Keys, SparseAttended, Weights, accumulator_rows, wide_type
+from pallas_kernels.sparse_attention.spec import Keys, SparseAttended, Weights, accumulator_rows, wide_type, xla_chunk
 from pallas_kernels.visible import PAGE
 
 Array = jax.Array
@@ -30,19 +30,38 @@ class Plan(NamedTuple):
     kernels: Kernels
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(plan: Plan, q_nope: Array, q_rope: Array, weights: Weights, latent: Array, keys: Keys) -> SparseAttended:
-    """`api.sparse_mla` with everything decided."""
+def plan_of(
+    kernels: Kernels, q_rope: Array, latent: Array, chosen: int, *, scale: float, pages: bool, query_chunk: int, backward: bool = False
+) -> Plan:
+    """The plan of one direction, for so many tokens or pages of every query. Single tokens have no backward kernel on TPU: XLA does it."""
+    batch, length, heads, _ = q_rope.shape
+    if backward and kernels.name == "tpu" and not pages:
+        kernels = Kernels(kernels.family, "xla", False)
+    if kernels.name == "xla":
+        keys = chosen * PAGE if pages else chosen
+        query_chunk = min(query_chunk, xla_chunk(batch, heads, keys, latent.shape[-1], latent.dtype.itemsize, pages))
+    padding = PAGE if pages and (length > PAGE or kernels.name != "xla") else 1
+    return Plan(scale, pages, min(-(-query_chunk // padding) * padding, length), padding, kernels)
 
-    rank = weights.key_up.shape[0]
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def attend(plan: Plan, plan_backward: Plan, q_nope: Array, q_rope: Array, weights: Weights, latent: Array, keys: Keys) -> SparseAttended:
+    """`api.sparse_mla` with everything decided."""
+    return attend_forward(plan, q_nope, q_rope, weights, latent, keys)
+
+
+def attend_forward(plan: Plan, q_nope: Array, q_rope: Array, weights: Weights, latent: Array, keys: Keys) -> SparseAttended:
+    """The forward pass."""
+
+    rank, kernels = weights.key_up.shape[0], plan.kernels
+    rows = kernels.packed(latent, rank) if kernels.name == "tpu" and not plan.pages else latent
 
     def chunk(start: Array | int, size: int, done: SparseAttended) -> SparseAttended:
         q, chosen = _prepared(plan, start, size, q_nope, q_rope, weights, latent, keys)
-        kernels = plan.kernels
         if plan.pages:
-            o, log_total, top = kernels.attend_pages(q, latent, *chosen, rank=rank, scale=plan.scale)
+            o, log_total, top = kernels.attend_pages(q, rows, *chosen, rank=rank, scale=plan.scale)
         else:
-            o, log_total, top = kernels.attend_tokens(q, latent, chosen.index, chosen.count, rank=rank, scale=plan.scale)
+            o, log_total, top = kernels.attend_tokens(q, rows, chosen.index, chosen.count, rank=rank, scale=plan.scale)
         out = _product("bshk,khv->bshv", o, weights.value_up, q_nope.dtype)
         return SparseAttended(*(_put(whole, part[:, :size], start) for whole, part in zip(done, (out, log_total, top))))
 
@@ -53,14 +72,10 @@ def attend(plan: Plan, q_nope: Array, q_rope: Array, weights: Weights, latent: A
     return _each_chunk(chunk, done, length, plan.chunk)
 
 
-def _attend_fwd(plan, q_nope, q_rope, weights, latent, keys):
-    attended = attend(plan, q_nope, q_rope, weights, latent, keys)
-    return attended, (q_nope, q_rope, weights, latent, keys, attended.out, attended.log_total)
-
-
-def _attend_bwd(plan: Plan, kept: Any, cotangents: SparseAttended) -> Any:
-    q_nope, q_rope, weights, latent, keys, out, log_total = kept
-    d_out = cotangents.out  # what else was returned has no gradient
+def attend_backward(
+    plan: Plan, q_nope: Array, q_rope: Array, weights: Weights, latent: Array, keys: Keys, out: Array, log_total: Array, d_out: Array
+) -> tuple[Array, Array, Weights, Array]:
+    """Gradients for q_nope, q_rope, weights and latent, from what the forward pass took and returned."""
     rank, (batch, length, width) = weights.key_up.shape[0], latent.shape
     wide = wide_type(q_nope)
 
@@ -90,8 +105,19 @@ def _attend_bwd(plan: Plan, kept: Any, cotangents: SparseAttended) -> Any:
     )
     d_nope, d_rope, d_key_up, d_value_up, d_latent = _each_chunk(chunk, zeros, q_nope.shape[1], plan.chunk)
     d_weights = Weights(d_key_up.astype(weights.key_up.dtype), d_value_up.astype(weights.value_up.dtype))
-    no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), keys)
-    return d_nope, d_rope, d_weights, d_latent[:, :length].astype(latent.dtype), no_gradient
+    return d_nope, d_rope, d_weights, d_latent[:, :length].astype(latent.dtype)
+
+
+def _attend_fwd(plan, plan_backward, q_nope, q_rope, weights, latent, keys):
+    attended = attend(plan, plan_backward, q_nope, q_rope, weights, latent, keys)
+    return attended, (q_nope, q_rope, weights, latent, keys, attended.out, attended.log_total)
+
+
+def _attend_bwd(plan, plan_backward, kept, cotangents):
+    q_nope, q_rope, weights, latent, keys, out, log_total = kept
+    d_out = cotangents.out  # what else was returned has no gradient
+    gradients = attend_backward(plan_backward, q_nope, q_rope, weights, latent, keys, out, log_total, d_out)
+    return *gradients, jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), keys)
 
 
 attend.defvjp(_attend_fwd, _attend_bwd)

@@ -12,9 +12,8 @@ def known(pages=200.0):
     """Dense: 0.1 S + 1e-4 S^2 us for two heads; choice of pages a tenth of that for all; of tokens 50 + 0.01 T a chunk."""
     us = {Program("dense", s, s, DENSE_HEADS).key: 0.1 * s + 1e-4 * s * s for s in WHOLE}
     us |= {Program("select_pages", s, s).key: 0.01 * s + 1e-5 * s * s for s in WHOLE}
-    us |= {Program("select_tokens", q, t).key: (50 + 0.01 * t) * q / CHUNK for q in (CHUNK, 1) for t in CACHES}
+    us |= {Program("select_tokens", CHUNK, t).key: 50 + 0.01 * t for t in CACHES}
     us |= {Program("pages", CHUNK, CACHES[1]).key: pages, Program("tokens", FEW, CACHES[1]).key: 900.0}
-    us |= {Program("tokens", 1, CACHES[1]).key: 14.0}
     return {key: {"us": value, "problems": []} for key, value in us.items()}
 
 
@@ -27,7 +26,6 @@ def test_laws_of_growth():
     assert times.dense(s) == pytest.approx(64 * (0.1 * s + 1e-4 * s * s))
     assert times.pages(s) == pytest.approx(0.01 * s + 1e-5 * s * s + 200 * s / 512)
     assert times.tokens(s) == pytest.approx((50 + 0.01 * s / 2) * s / 512 + 900 * s / 64)
-    assert times.decoded(s) == pytest.approx((50 + 0.01 * s) / 512 + 14)
 
 
 def test_break_even_is_where_the_times_meet_or_nowhere():

@@ -41,7 +41,7 @@ def test_scores_equal_float64(shape):
 
 
 @pytest.mark.parametrize("cores", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("shape", [(2, 150, 300, 2), (2, 200, 200, 2)])
+@pytest.mark.parametrize("shape", [pytest.param((2, 150, 300, 2), marks=pytest.mark.slow), (2, 200, 200, 2)])
 def test_selected_pages_are_those_of_xla(shape, cores, monkeypatch):
     """More queries than keys end a document, and self-attention, where what lies after the diagonal is left out."""
     monkeypatch.setattr(tile, "QUERY_BLOCK", 64)

@@ -26,3 +26,18 @@ def test_pages_equal_float64_as_far_as_xla_does(name):
     )
     assert all(got[key] < 1.5 * xla[key] + 1e-6 for key in wanted), (got, xla)
     assert max(xla.values()) < 2e-2
+
+
+TOKENS = {
+    "two sequences, some queries without keys": {"length": 6, "keys": 400, "chosen": 300, "batch": 2},
+    "an odd number of queries, decoding": {"length": 1, "keys": 300, "chosen": 40, "batch": 1, "empty": False},
+}
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_tokens_equal_float64_as_far_as_xla_does(name):
+    """Forward only: the backward pass of single tokens is XLA's."""
+    p = problem(**SMALL | {"pages": False, "rank": 256} | TOKENS[name])
+    wanted = oracle(p)
+    got, xla = (errors(run(p, **how), wanted) for how in ({"implementation": "tpu", "interpret": True}, {"implementation": "xla"}))
+    assert all(got[key] < 1.5 * xla[key] + 1e-6 for key in wanted), (got, xla)
