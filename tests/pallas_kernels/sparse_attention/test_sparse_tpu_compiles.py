@@ -15,7 +15,7 @@ from pallas_kernels.visible import PAGE
 
 
 def first(case):
-    return "s1024_t32768" in case.name
+    return "s512_t32768" in case.name
 
 
 @pytest.mark.parametrize(("case", "chip"), matrix(cases(), first, lambda case: case.direction == "forward" and "pages" in case.name))
