@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import hc, mhc
-from small import MANY, directional, relative, shaken, small, widened
+from small import MANY, directional, only, relative, shaken, small, widened
 
 from mhc_jax.nn.decoder import CONNECTIONS
 from mhc_jax.nn.residual.streams import Coefficients, Pending, collapse, expand, unpack, unwritten
