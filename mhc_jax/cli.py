@@ -4,6 +4,7 @@ mhc-jax train NAME    one run
 mhc-jax ablate NAME   the residual variants of a config, and a report
 mhc-jax study NAME    a question that no list of runs fits, such as one of cost, and a report
 mhc-jax report DIR    draws a report of `ablate` again
+mhc-jax generate RUN  continues a text with what a run has learnt
 mhc-jax data NAME     tokenises a config's text once
 mhc-jax bench NAME    step time and memory of the variants, side by side
 mhc-jax ngrams        how fast the rows of Engram's tables are computed
@@ -34,6 +35,7 @@ from mhc_jax.typecheck import shown
 SHORTHANDS = {"--residual": "--model.residual", "--seed": "--train.seed", "--steps": "--train.steps"}
 
 MOST_ROUNDS = 1_000_000
+MOST_DECODED = 1_000_000  # tokens
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,20 @@ class StudyOptions:
 
 
 @dataclass(frozen=True)
+class Generate:
+    """Continue texts with a trained run. Speeds are written to standard error."""
+
+    run: tyro.conf.Positional[str]  # folder of the run, here or in an object store
+    prompt: tuple[str, ...]  # one text or several; an empty one begins with the end-of-text token
+    max_tokens: int | None = None  # drawn for each prompt; default 200, or as many as the context has room for
+    temperature: float = 0.8  # of the softmax; 0: always the most likely token
+    top_k: int = 0  # draw from the so many most likely tokens; 0: from all
+    top_p: float = 1.0  # draw from the most likely tokens that together have this probability
+    seed: int = 0  # of the draws
+    context: int | None = None  # tokens of a prompt and its continuation that there is room for; default data.seq_len of the run
+
+
+@dataclass(frozen=True)
 class Data:
     """Tokenise a config's text once; runs then read the result."""
 
@@ -78,11 +94,12 @@ class Data:
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure step time and memory of the residual variants, their steps interleaved in one process."""
+    """Measure step time and memory of the residual variants, their steps interleaved in one process; or, with --decode, of decoding."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     rounds: int = 10  # measured steps of each variant
     variants: tuple[str, ...] = ("residual", "hc", "mhc", "identity_hc")  # residual kinds
+    decode: int | None = None  # measure instead one more token after so many, with dense and with sparse attention
     torch_python: Path | None = None  # python of an environment with torch and transformers, to run the same shape in PyTorch beside them
 
 
@@ -183,6 +200,7 @@ def _dispatch(args: list[str]) -> int:
         "ablate": _ablate,
         "study": _study,
         "report": _report,
+        "generate": _generate,
         "data": _data,
         "bench": _bench,
         "ngrams": _ngrams,
@@ -279,6 +297,31 @@ def _report(args: list[str]) -> None:
     write_report(to_path(options.folder))
 
 
+def _generate(args: list[str]) -> None:
+    options = tyro.cli(Generate, prog="mhc-jax generate", args=args)
+    _prepare_jax()
+    from mhc_jax.generate import Generator, Sampling
+
+    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    generator = Generator.open(to_path(options.run))
+    single = options.prompt if len(options.prompt) == 1 else ()
+
+    def say(piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    print(*single, end="", flush=True)
+    done = generator.generate(
+        options.prompt,
+        options.max_tokens,
+        sampling=sampling,
+        seed=options.seed,
+        context=options.context,
+        say=say if single else None,
+    )
+    print(*([] if single else [f"{prompt}{text}\n" for prompt, text in zip(options.prompt, done.texts)]), sep="\n")
+    print(done.speed, file=sys.stderr)
+
+
 def _data(args: list[str]) -> None:
     options = _with_config(Data, "data", args)
     from mhc_jax.data.prepare import prepare
@@ -293,7 +336,14 @@ def _bench(args: list[str]) -> None:
     _check_variants(options.variants)
     if not 1 <= options.rounds <= MOST_ROUNDS:
         raise UserError(f"--rounds is {options.rounds}; it must be 1 to {MOST_ROUNDS}")
+    if options.decode is not None and not 1 <= options.decode <= MOST_DECODED:
+        raise UserError(f"--decode is {options.decode}; it must be 1 to {MOST_DECODED}")
     _prepare_jax()
+    if options.decode is not None:
+        from mhc_jax.experiments import decode_speed
+
+        print(decode_speed.table(decode_speed.measure(options.config, options.decode, options.rounds), options.decode))
+        return
     from mhc_jax.experiments.step_cost import measure, table
     from mhc_jax.experiments.torch_process import torch_baseline
 

@@ -66,6 +66,9 @@ def text(tmp_path):
         (["train", "laptop", "--data.tokenizer", "none.json"], "none.json"),
         (["ablate", "laptop", "--variants", "residual", "mch"], "there is no residual kind 'mch'"),
         (["report", "nowhere"], "nowhere"),
+        (["generate", "nowhere", "--prompt", "x"], "there is no run in nowhere"),
+        (["bench", "laptop", "--decode", "64"], "compares sparse attention with dense, but laptop is dense"),
+        (["bench", "dsa_laptop", "--decode", "0"], "--decode is 0"),
         (["ngrams", "--threads", "0"], "--threads is 0; it must be 1 to 1024"),
     ],
 )  # fmt: skip
@@ -149,6 +152,13 @@ def test_a_weighted_mixture_trains_and_reports_each_source(text, tmp_path):
 def test_bench_compares_step_times(capsys):
     assert main(["bench", "laptop", "--rounds", "1", "--variants", "residual", "mhc", *TINY]) == 0
     assert "| mhc |" in capsys.readouterr().out
+
+
+def test_bench_compares_decoding(capsys):
+    sparse = ["--model.attention.sparse.top-k", "8", "--model.attention.sparse.index-heads", "2"]
+    assert main(["bench", "dsa_laptop", "--decode", "20", "--rounds", "1", *TINY, *sparse]) == 0
+    out = capsys.readouterr().out
+    assert "| dense |" in out and "| sparse |" in out and "after 20" in out
 
 
 def test_the_command_is_installed():

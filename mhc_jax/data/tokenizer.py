@@ -38,6 +38,10 @@ class TextTokenizer:
         """The text of each token by itself; a token that is part of a character has the replacement character."""
         return self._tokenizer.decode_batch([[token] for token in tokens], skip_special_tokens=False)
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens in a row, without special tokens; an incomplete character has the replacement character."""
+        return self._tokenizer.decode(list(tokens))
+
     def encode(self, texts: Sequence[str]) -> list[Int64[np.ndarray, " tokens"]]:
         """Token ids of each text, without end-of-text: a text that spells a special token out gets ordinary tokens.
 

@@ -9,8 +9,9 @@ one kind are stacked along axis 0 and run under `jax.lax.scan`, in pieces betwee
 streams there are; a connection never knows what the sublayer is.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -185,6 +186,57 @@ def initial_router_bias(config: ModelConfig) -> Float[Array, "L_moe E"]:
     return jnp.zeros((config.num_layers - config.dense_layers, config.moe.num_experts))
 
 
+def embedded(model: Decoder, tokens: Int[Array, "B S"], rules: Rules = Rules()) -> Float[Array, "B S nC"]:
+    """The streams before the first layer, all equal, in the compute type."""
+    wide_type = wide_dtype(model.embedding)
+    compute = jnp.dtype(model.config.dtype) if wide_type == jnp.float32 else wide_type
+    return _constrain(expand(model.embedding.astype(compute)[tokens], model.streams), rules)
+
+
+def sublayer(
+    pending: Pending, connection: Connection, f: Callable[..., Any], own: tuple[Any, ...], rules: Rules = Rules()
+) -> tuple[Pending, Any]:
+    """One sublayer behind its connection: `f(u, *own)` gives its output, which stays pending, and whatever else it tells."""
+    x, u, h = connection.seam(pending, rules)
+    x = _constrain(x, rules)
+    y, told = f(u, *own)
+    return Pending(x, y, h), told
+
+
+def feed_forward(
+    u: Float[Array, "B S C"],
+    ffn: SwiGLU | MoE,
+    norm: Float[Array, "C"],
+    bias: Float[Array, "E"],
+    config: ModelConfig,
+    rules: Rules = Rules(),
+) -> tuple[Float[Array, "B S C"], tuple[Int[Array, "E"], Float[Array, ""]]]:
+    """Either kind of feed-forward behind its norm: its output, the tokens of each expert and the balance loss."""
+    u = rms_norm(u, norm, config.norm_eps)
+    if isinstance(ffn, MoE):
+        y, load, balance = ffn(u, bias, rules)
+        return y, (load, balance)
+    return ffn(u), (jnp.zeros(config.moe.num_experts, jnp.int32), jnp.zeros((), wide_dtype(norm)))
+
+
+def collapsed(model: Decoder, x: Float[Array, "B S nC"]) -> Float[Array, "B S C"]:
+    """The streams after the last layer as one, normalised: what the output head multiplies."""
+    config, n = model.config, model.streams
+    if n > 1:
+        tokens_count = x.shape[0] * x.shape[1]
+        if model.head is not None:
+            weights = model.head(x)
+        else:
+            weights = jnp.full((n, tokens_count), 1.0 / n if config.connections.collapse == "mean" else 1.0)
+        x = collapse(x, weights)
+    return rms_norm(x, model.final_norm, config.norm_eps)
+
+
+def unembedded(model: Decoder, hidden: Float[Array, "B S C"]) -> Float[Array, "B S V"]:
+    """Logits, float32 or wider."""
+    return wide(hidden @ model.unembed.astype(hidden.dtype))
+
+
 def hidden_states(
     model: Decoder,
     tokens: Int[Array, "B S"],
@@ -208,37 +260,24 @@ def hidden_states(
     memory_layers = () if config.engram is None else config.engram.layer_ids
     if len(memory) != len(memory_layers):
         raise ValueError(f"memory holds {len(memory)} arrays, but {len(memory_layers)} layers have a memory; give one for each")
-    wide_type = wide_dtype(model.embedding)
-    compute = jnp.dtype(config.dtype) if wide_type == jnp.float32 else wide_type
-    x = _constrain(expand(model.embedding.astype(compute)[tokens], n), rules)
     connection = next(stack for stack in (model.dense_layers, model.moe_layers) if stack is not None).attention_connection
-    pending = unwritten(x, connection.mapping)
+    pending = unwritten(embedded(model, tokens, rules), connection.mapping)
+    run = kept if config.remat == "streams" else lambda f: f
 
     def attention(u, attention, norm, positions, segment_ids):
         return attention(rms_norm(u, norm, config.norm_eps), positions, segment_ids, rules)
 
     def ffn(u, ffn, norm, bias):
-        u = rms_norm(u, norm, config.norm_eps)
-        if isinstance(ffn, MoE):
-            y, load, balance = ffn(u, bias, rules)
-            return y, (load, balance)
-        return ffn(u), (jnp.zeros(config.moe.num_experts, jnp.int32), jnp.zeros((), wide_type))
-
-    def sublayer(pending, connection, f, own):
-        """One sublayer `f` behind its connection: what it leaves pending, what f reports, and the trace if asked for."""
-        x, u, h = connection.seam(pending, rules)
-        x = _constrain(x, rules)
-        y, report = (kept(f) if config.remat == "streams" else f)(u, *own)
-        return Pending(x, y, h), report, _trace(x, h, connection) if trace else None
+        return feed_forward(u, ffn, norm, bias, config, rules)
 
     def layer_step(pending, layer_and_bias):
         layer, bias = layer_and_bias
-
         of_attention = (layer.attention, layer.attention_norm, positions, segment_ids)
-        pending, told, trace_attention = sublayer(pending, layer.attention_connection, attention, of_attention)
+        attended, told = sublayer(pending, layer.attention_connection, run(attention), of_attention, rules)
         of_ffn = (layer.ffn, layer.ffn_norm, bias)
-        pending, (load, balance), trace_ffn = sublayer(pending, layer.ffn_connection, ffn, of_ffn)
-        return pending, LayerAux(told.max_logit, told.indexer_loss, load, balance, (trace_attention, trace_ffn) if trace else None)
+        fed, (load, balance) = sublayer(attended, layer.ffn_connection, run(ffn), of_ffn, rules)
+        traces = (_trace(attended, layer.attention_connection), _trace(fed, layer.ffn_connection)) if trace else None
+        return fed, LayerAux(told.max_logit, told.indexer_loss, load, balance, traces)
 
     def with_memory(pending, index):
         """The streams with what layer `memory_layers[index]` reads from its table; the write before it cannot be part of a seam."""
@@ -278,20 +317,13 @@ def hidden_states(
         final_stream_cosine=cosine,
         gates=jnp.stack(gates) if trace and gates else None,
     )
-    if n > 1:
-        tokens_count = x.shape[0] * x.shape[1]
-        if model.head is not None:
-            weights = model.head(x)
-        else:
-            weights = jnp.full((n, tokens_count), 1.0 / n if config.connections.collapse == "mean" else 1.0)
-        x = collapse(x, weights)
-    return rms_norm(x, model.final_norm, config.norm_eps), aux
+    return collapsed(model, x), aux
 
 
 def logits(model: Decoder, tokens, positions, segment_ids, router_bias, **kwargs) -> Float[Array, "B S V"]:
     """Logits of every position at once: for small inputs. Training uses `batch_loss`."""
     hidden, _ = hidden_states(model, tokens, positions, segment_ids, router_bias, **kwargs)
-    return wide(hidden @ model.unembed.astype(hidden.dtype))
+    return unembedded(model, hidden)
 
 
 def batch_loss(
@@ -310,7 +342,8 @@ def batch_loss(
     return total, count, aux
 
 
-def _trace(x: Float[Array, "B S nC"], h: Float[Array, "K T"] | None, connection: Connection) -> SublayerTrace:
+def _trace(pending: Pending, connection: Connection) -> SublayerTrace:
+    x, _, h = pending
     length, mapping = x.shape[1], connection.mapping
     n = 1 if mapping is None else mapping.n
     ones, identity = jnp.ones((n, length)), jnp.broadcast_to(jnp.eye(n)[..., None], (n, n, length))

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from mhc_jax.config import ModelConfig
 from mhc_jax.nn.linear import project
 from mhc_jax.nn.module import Module, Spec, normal
+from mhc_jax.nn.ngram_hash import newest
 from mhc_jax.nn.norm import rms_norm, wide
 from mhc_jax.parallel.rules import Rules
 from mhc_jax.parallel.shards import on_token_shards
@@ -79,9 +80,9 @@ class Engram(Module):
         return out.reshape(x.shape), gates
 
     def decode(
-        self, x: Float[Array, "B S nC"], memory: Float[Array, "B S M"], state: "ConvState"
+        self, x: Float[Array, "B S nC"], memory: Float[Array, "B S M"], state: "ConvState", count: Int[Array, "B"]
     ) -> tuple[Float[Array, "B S nC"], "ConvState"]:
-        """The next S tokens of one document a sequence, after those that `state` remembers."""
+        """The next S tokens of one document a sequence, after those that `state` remembers; the first `count` are remembered then."""
         keys_value = self._projected(x, memory)
         out, gates = self._add(x.reshape(-1, x.shape[-1]), keys_value, self.query_gain * self.key_gain)
         out = out.reshape(x.shape)
@@ -96,7 +97,7 @@ class Engram(Module):
         past = jnp.concatenate([state.normed, normed], axis=1)  # token t of this call stands at HALO + t
         taps = [self.conv[j][None, None] * past[:, HALO - j * DILATION :][:, :length] for j in range(TAPS)]
         added = jax.nn.silu(sum(taps[1:], taps[0])).reshape(x.shape)
-        return (wide(out) + added).astype(x.dtype), ConvState(past[:, length:])
+        return (wide(out) + added).astype(x.dtype), ConvState(newest(past, count, HALO))
 
     def _projected(self, x: Array, memory: Array) -> Float[Array, "T KV"]:
         return project(memory.astype(x.dtype), self.keys_value).reshape(-1, self.keys_value.shape[1])

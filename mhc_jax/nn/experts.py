@@ -5,6 +5,8 @@ Two layouts of the sorted rows share everything but the product itself:
     ragged   rows lie back to back, `jax.lax.ragged_dot` multiplies them (TPU, GPU)
     blocked  every expert's rows are padded to whole blocks, a batched product multiplies the blocks (CPU, where XLA's ragged_dot would
              compute every expert for every token)
+
+A few visits, as in decoding, are multiplied one by one on a CPU: most of their blocks would be padding.
 """
 
 from functools import partial
@@ -18,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from mhc_jax.nn.ffn import gated
 
 BLOCK = 128  # rows; half a block is lost to padding per expert, and smaller blocks make slower products
+FEW = 16  # visits
 
 
 def routed_swiglu(
@@ -28,9 +31,8 @@ def routed_swiglu(
     out: Float[Array, "E gate_up//2 C"],
 ) -> Float[Array, "T C"]:
     """Sum over a token's k experts of weight * SwiGLU_expert(x), in x's type with a float32 or wider sum."""
-    return jax.lax.platform_dependent(
-        x, experts, weights, inner, out, cpu=partial(_routed, layout=blocked), default=partial(_routed, layout=ragged)
-    )
+    on_cpu = _one_by_one if experts.size <= FEW else partial(_routed, layout=blocked)
+    return jax.lax.platform_dependent(x, experts, weights, inner, out, cpu=on_cpu, default=partial(_routed, layout=ragged))
 
 
 class Sorted(NamedTuple):
@@ -47,6 +49,15 @@ def _routed(x, experts, weights, inner, out, *, layout):
     hidden = gated(multiply(gathered, inner.astype(x.dtype)))
     y = _collect(multiply(hidden, out.astype(x.dtype)), rows)
     return jnp.einsum("tk,tkc->tc", weights, y.astype(weights.dtype)).astype(x.dtype)
+
+
+def _one_by_one(x, experts, weights, inner, out):
+    """Every visit by itself: reads the matrices of the experts that are visited and no others."""
+    rows = []
+    for token, visited in enumerate(experts):
+        y = [gated(x[token] @ inner[e].astype(x.dtype)) @ out[e].astype(x.dtype) for e in visited]
+        rows.append(weights[token] @ jnp.stack(y).astype(weights.dtype))
+    return jnp.stack(rows).astype(x.dtype)
 
 
 def ragged(experts: Int[Array, "T k"], num_experts: int):

@@ -4,11 +4,13 @@ Bit for bit the hash of data/ngrams/hashing (arXiv 2601.07372, equations 1 and 2
 64-bit integers by default, and turns them into 32 bits without a word; so everything here is pairs of uint32.
 """
 
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Int32, Int64, UInt32
+from jaxtyping import Array, Int, Int32, Int64, Shaped, UInt32
 
 LOW = np.uint32(0xFFFF)
 
@@ -73,16 +75,21 @@ def hashed_rows(
 
 
 def next_rows(
-    classes: Int[Array, "B S"], before: Int[Array, "B before"], numbers: HashNumbers, orders: tuple[int, ...]
+    classes: Int[Array, "B S"], before: Int[Array, "B before"], count: Int[Array, "B"], numbers: HashNumbers, orders: tuple[int, ...]
 ) -> tuple[Int32[Array, "B S layers heads"], Int[Array, "B before"]]:
-    """The rows of the next S tokens of every sequence, and what to give as `before` for those after them.
+    """The rows of the next S tokens of every sequence, and what to give as `before` for those after the first `count` of them.
 
     `before` holds the classes of the tokens before, the newest last; the padding class before the first token of a document.
     """
     length, lookback = classes.shape[1], orders[-1]
     seen = jnp.concatenate([before, classes], axis=1)
     window = jnp.stack([seen[:, lookback - 1 - back :][:, :length] for back in range(lookback)], axis=-1)
-    return hashed_rows(window, numbers, orders), seen[:, length:]
+    return hashed_rows(window, numbers, orders), newest(seen, count, lookback - 1)
+
+
+def newest(past: Shaped[Array, "B past *more"], count: Int[Array, "B"], keep: int) -> Shaped[Array, "B {keep} *more"]:
+    """Of each sequence the last `keep` entries up to its first `count` new ones: S are new in `past`, `keep` stood there before."""
+    return jax.vmap(partial(jax.lax.dynamic_slice_in_dim, slice_size=keep))(past, count)
 
 
 def remainder(high: Array, low: Array, primes: Array, inverses: Array, squares: Array) -> Array:

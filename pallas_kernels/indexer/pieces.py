@@ -68,7 +68,7 @@ def over_keys(f: Callable[[Array, Any], Any], carry: Any, keys: int, span: Span)
     return jax.lax.fori_loop(0, -(-keys // block), step, carry)
 
 
-def seen_in_block(span: Span, start: Array, block: int) -> Array:
+def seen_in_block(span: Span, start: Array | int, block: int) -> Array:
     """bool [B, C, block]: which of the keys start, start + 1, ... each query sees."""
     j = start + jnp.arange(block, dtype=jnp.int32)[None, None]
     return (j >= span.first[..., None]) & (j < span.stop[..., None])

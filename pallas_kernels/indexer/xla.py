@@ -1,13 +1,24 @@
 """Scores and selection in plain XLA, for any shape, any float type and any platform.
 
 A chunk's scores are added up head by head within a block of keys, so that no array has both heads and all keys. Blocks of keys that no
-query of a chunk sees are not computed.
+query of a chunk sees are not computed. A single query, as in decoding, has them all at once: its heads are the rows of one product.
 """
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.indexer.pieces import by_chunk, key_block, over_keys, pad_axis, pad_keys, put, rows_at_once, seen_in_block, take
+from pallas_kernels.indexer.pieces import (
+    AT_ONCE,
+    by_chunk,
+    key_block,
+    over_keys,
+    pad_axis,
+    pad_keys,
+    put,
+    rows_at_once,
+    seen_in_block,
+    take,
+)
 from pallas_kernels.visible import PAGE, Span
 
 Array = jax.Array
@@ -16,6 +27,8 @@ Array = jax.Array
 def index_scores(q: Array, k: Array, weight: Array, span: Span) -> Array:
     """`reference.index_scores`, `masked`."""
     keys, block = k.shape[1], key_block(k.shape[1])
+    if q.shape[1] == 1 and q.shape[0] * q.shape[2] * keys <= AT_ONCE:
+        return masked(_scores_of_one(q[:, 0], k, weight[:, 0])[:, None], seen_in_block(span, 0, keys))
     k = pad_keys(k, axis=1)
     by_head = heads_first(q), heads_first(weight)
 
@@ -65,6 +78,12 @@ def block_scores(q: Array, weight: Array, k: Array) -> Array:
         return total + jnp.maximum(dots, 0) * weight[..., None], None
 
     return jax.lax.scan(add, jnp.zeros((*q.shape[1:3], k.shape[1]), weight.dtype), (q, weight))[0]
+
+
+def _scores_of_one(q: Array, k: Array, weight: Array) -> Array:
+    """q [B, J, I], k [B, T, I], weight [B, J] -> [B, T], nothing masked."""
+    dots = jnp.einsum("bji,bti->bjt", q, k, preferred_element_type=weight.dtype)
+    return jnp.einsum("bjt,bj->bt", jnp.maximum(dots, 0), weight, precision=jax.lax.Precision.HIGHEST)
 
 
 def masked(scores: Array, visible: Array) -> Array:

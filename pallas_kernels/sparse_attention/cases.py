@@ -20,8 +20,7 @@ from pallas_kernels.sparse_attention.spec import Keys, Weights
 from pallas_kernels.visible import PAGE
 
 HEADS, NOPE, ROPE, VALUE, RANK = 128, 128, 64, 128, 512
-CHOSEN = 2048
-QUERIES = {True: 1024, False: 512}  # by whether pages are chosen
+CHOSEN, QUERIES = 2048, 512
 TOKENS = (32768, 131072)
 SCALE = 0.1
 
@@ -33,7 +32,7 @@ def cases() -> list[Case]:
 
 
 def _case(pages: bool, direction: Literal["forward", "backward"], tokens: int) -> Case:
-    queries, width = QUERIES[pages], RANK + ROPE
+    queries, width = QUERIES, RANK + ROPE
     projections = RANK * (NOPE + VALUE)
     if direction == "forward":
         products, moved = CHOSEN * (width + RANK) + projections, NOPE + ROPE + VALUE
@@ -56,7 +55,7 @@ def _build(pages: bool, direction: str, tokens: int, implementation: Implementat
     def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    queries = QUERIES[pages]
+    queries = QUERIES
     blocks, chosen = (queries // PAGE, CHOSEN // PAGE) if pages else (queries, CHOSEN)
     q_rope, latent = array(1, queries, HEADS, ROPE), array(1, tokens, RANK + ROPE)
     whole = partial(array, dtype=jnp.int32)
@@ -65,7 +64,7 @@ def _build(pages: bool, direction: str, tokens: int, implementation: Implementat
     arguments = (array(1, queries, HEADS, NOPE), q_rope, weights, latent, keys)
     backward = direction == "backward"
     plan = plan_of(
-        Kernels(FAMILY, implementation, False), q_rope, latent, chosen, scale=SCALE, pages=pages, query_chunk=512, backward=backward
+        Kernels(FAMILY, implementation, False), q_rope, latent, chosen, scale=SCALE, pages=pages, query_chunk=queries, backward=backward
     )
     if not backward:
         return partial(attend_forward, plan), arguments

@@ -90,6 +90,7 @@ def test_connection_parameters_are_counted_by_formula(kind):
     assert count_parameters(small(residual=kind)).total == plain.total + 6 * per_sublayer[kind]
 
 
+@pytest.mark.slow
 def test_active_parameters_leave_out_the_embedding_and_idle_experts():
     model = small()
     count = count_parameters(model)

@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 from mhc_jax.cli import main
-from mhc_jax.config import Config, fields
+from mhc_jax.config import Config, fields, to_json
 from mhc_jax.configs import get
 from mhc_jax.data import prepare as preparation
 from mhc_jax.experiments import runlist, step_cost
@@ -29,7 +29,26 @@ NAME, SHARE, SHORT = "command line", 20, 25
 KINDS = ("residual", "hc", "static_hc", "mhc", "identity_hc")
 COMMANDS = ("train", "ablate", "bench", "data")
 WORDS = (
-    *("train", "ablate", "report", "data", "bench", "laptop", "27b", "latpop", "LAPTOP", "", " ", "-", "--", "---", "-h", "--help", "-x"),
+    *(
+        "train",
+        "ablate",
+        "report",
+        "generate",
+        "data",
+        "bench",
+        "laptop",
+        "27b",
+        "latpop",
+        "LAPTOP",
+        "",
+        " ",
+        "-",
+        "--",
+        "---",
+        "-h",
+        "--help",
+        "-x",
+    ),
     *(
         "--version",
         "--steps",
@@ -53,8 +72,8 @@ WORDS = (
 
 
 def case(rng: random.Random, room: Path) -> tuple[str, Check]:
-    made = {"words": _words, "fields": _fields, "options": _options, "report": _report}
-    words, expected = made[rng.choices(list(made), [3, 4, 3, 2])[0]](rng, room)
+    made = {"words": _words, "fields": _fields, "options": _options, "report": _report, "generate": _generate}
+    words, expected = made[rng.choices(list(made), [3, 4, 3, 2, 2])[0]](rng, room)
     return f"mhc-jax {' '.join(ascii(word)[1:-1][:80] or repr('') for word in words)}", lambda: _run(words, expected, room)
 
 
@@ -152,6 +171,30 @@ def _report(rng: random.Random, room: Path) -> tuple[list[str], Expected]:
     (room / "garbage" / "runlist.json").write_bytes(rng.choice([*lists, rng.randbytes(100)]))
     (room / "loop").symlink_to(room / "loop")
     return ["report", *rng.choice([[], ["--html"], [str(room)]]), str(room / place)], "refused"
+
+
+def _generate(rng: random.Random, room: Path) -> tuple[list[str], Expected]:
+    """Folders that hold no run, or only a config or a piece of one: nothing can be opened."""
+    place = rng.choice(["missing", "file", "empty", "garbage", "config", "loop", "file/below"])
+    (room / "file").write_bytes(rng.randbytes(20))
+    (room / "empty").mkdir()
+    (room / "garbage").mkdir()
+    (room / "garbage" / "config.json").write_bytes(rng.choice([b"{}", b"", b"\xff", b"[1]", b'{"name": 3}', b"[" * 50_000]))
+    (room / "config").mkdir()
+    write_json(room / "config" / "config.json", to_json(get("laptop")))
+    if rng.random() < 0.7:
+        (room / "config" / "tokenizer.json").write_bytes(rng.choice([b"", b"{}", b"\xff", b"[]", rng.randbytes(100)]))
+    (room / "loop").symlink_to(room / "loop")
+    options = [
+        *(["--prompt", "def "], ["--prompt", "", "x"], ["--prompt"], [], ["--prompt", "流"], ["--prompt", "x" * 10_000]),
+        *(
+            [*("--prompt", "x"), flag, value]
+            for flag in ("--max-tokens", "--context", "--top-k", "--seed")
+            for value in ("0", "-1", "1e3", "nan")
+        ),
+        *([*("--prompt", "x"), flag, value] for flag in ("--temperature", "--top-p") for value in ("0", "-1", "nan", "inf", "2", "")),
+    ]
+    return ["generate", *rng.choice([[], [str(room)]] if rng.random() < 0.1 else [[]]), str(room / place), *rng.choice(options)], "refused"
 
 
 def _run(words: list[str], expected: Expected, room: Path) -> str:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import hc, mhc
-from small import MANY, directional, relative, shaken, small, widened
+from small import MANY, directional, only, relative, shaken, small, widened
 
 from mhc_jax.nn.decoder import CONNECTIONS
 from mhc_jax.nn.residual.streams import Coefficients, Pending, collapse, expand, unpack, unwritten
@@ -67,7 +67,7 @@ def apply(part, x, f):
     return part.written(Pending(x, f(u), h), Rules())
 
 
-@pytest.mark.parametrize("n", [1, 3, 4, 8])
+@pytest.mark.parametrize("n", only([1, 4], [1, 3, 4, 8]))
 @pytest.mark.parametrize("kind", MANY)
 def test_coefficients_and_sublayer_equal_the_oracle(float64, kind, n):
     part, x, mix = shaken(widened(connection(kind, n))), random(B, S, n * C, seed=1), random(C, C, seed=2)
@@ -79,14 +79,14 @@ def test_coefficients_and_sublayer_equal_the_oracle(float64, kind, n):
     assert relative(got, np.stack(whole).reshape(x.shape)) < 1e-12
 
 
-@pytest.mark.parametrize("kind", MANY)
+@pytest.mark.parametrize("kind", only(["mhc"], MANY))
 def test_coefficients_equal_the_oracle_in_float32(kind):
     part, x = shaken(connection(kind)), random(B, S, 4 * C, seed=1).astype(np.float32)
     for got, wanted in zip(as_oracle(read(part, jnp.asarray(x))[1]), expected(part, x.reshape(-1, 4, C).astype(np.float64))):
         assert relative(got, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("kind", MANY)
+@pytest.mark.parametrize("kind", only(["mhc"], MANY))
 def test_gradients_equal_central_differences(float64, kind):
     part, x, mix = shaken(widened(connection(kind))), jnp.asarray(random(B, S, 4 * C, seed=1)), jnp.asarray(random(C, C, seed=2))
     weight = jnp.asarray(random(B, S, 4 * C, seed=3))

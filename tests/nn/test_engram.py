@@ -141,10 +141,10 @@ def test_token_by_token_equals_all_at_once(conv):
     window = jnp.full((B, 2), artifact.pad)
     state, got, at = ConvState.empty(B, 4, config.dim), [], 0
     for size in (1, 1, 3, 1, 6):
-        part = slice(at, at + size)
-        rows, window = next_rows(jnp.asarray(classes[:, part]), window, numbers, engram.orders)
+        part, every = slice(at, at + size), jnp.full(B, size)
+        rows, window = next_rows(jnp.asarray(classes[:, part]), window, every, numbers, engram.orders)
         np.testing.assert_array_equal(rows, whole[:, part])
-        out, state = module.decode(x[:, part], jnp.asarray(tables[0])[rows[:, :, 0]].reshape(B, size, -1), state)
+        out, state = module.decode(x[:, part], jnp.asarray(tables[0])[rows[:, :, 0]].reshape(B, size, -1), state, every)
         got.append(out)
         at += size
     assert relative(jnp.concatenate(got, axis=1), wanted) < 1e-6

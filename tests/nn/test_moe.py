@@ -10,7 +10,7 @@ import pytest
 from oracles import moe as oracle
 from small import directional, relative, small, tree_relative, widened
 
-from mhc_jax.nn.experts import _routed, blocked, ragged, routed_swiglu
+from mhc_jax.nn.experts import _one_by_one, _routed, blocked, ragged, routed_swiglu
 from mhc_jax.nn.moe import MoE, Routing, balance_loss, expert_load, route, updated_bias
 from mhc_jax.parallel.rules import Rules
 
@@ -76,11 +76,12 @@ def test_weights_sum_to_the_routed_scaling_and_carry_gradients_but_the_bias_does
 
 
 LAYOUTS = {
-    "ragged": ragged,
-    "blocked by 128": blocked,
-    "blocked by 4": partial(blocked, block=4),
-    "blocked by 5": partial(blocked, block=5),
-    "blocked by 1": partial(blocked, block=1),
+    "ragged": partial(_routed, layout=ragged),
+    "blocked by 128": partial(_routed, layout=blocked),
+    "blocked by 4": partial(_routed, layout=partial(blocked, block=4)),
+    "blocked by 5": partial(_routed, layout=partial(blocked, block=5)),
+    "blocked by 1": partial(_routed, layout=partial(blocked, block=1)),
+    "one by one": _one_by_one,
 }
 SPREADS = {
     "random": lambda rng: np.argsort(rng.standard_normal((T, 6)), axis=1)[:, :2],
@@ -108,7 +109,7 @@ def test_every_layout_gives_the_sum_over_the_visits_and_its_gradients(float64, l
         return jnp.einsum("tk,tkc->tc", weights, jnp.take_along_axis(every, experts[..., None], axis=1))
 
     def sparse(x, weights, inner, out):
-        return _routed(x, experts, weights, inner, out, layout=LAYOUTS[layout])
+        return LAYOUTS[layout](x, experts, weights, inner, out)
 
     def value_and_gradients(f):
         y, pull = jax.vjp(f, *args)

@@ -19,7 +19,16 @@ def traced(res) -> Aux:
     layers, n, _, length = res.shape
     rows = jnp.ones((layers, n, length))
     trace = SublayerTrace(rows, rows, res, jnp.zeros(layers), jnp.ones((layers, n)), jnp.ones(layers))
-    return Aux(jnp.zeros(layers // 2), jnp.zeros((0, 4), jnp.int32), jnp.zeros(()), trace, jnp.ones(n), jnp.ones(()), gates=None)
+    return Aux(
+        max_attention_logit=jnp.zeros(layers // 2),
+        indexer_loss=jnp.zeros(layers // 2),
+        expert_load=jnp.zeros((0, 4), jnp.int32),
+        balance_loss=jnp.zeros(()),
+        trace=trace,
+        final_stream_rms=jnp.ones(n),
+        final_stream_cosine=jnp.ones(()),
+        gates=None,
+    )
 
 
 DIAGONAL = np.diag([3.0, 0.5, 1.0])

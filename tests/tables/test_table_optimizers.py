@@ -106,6 +106,7 @@ def test_sinkhorn_passes_over_rows_far_below_the_mean_and_balances_the_others():
         sinkhorn_momentum(400, passes=10)
 
 
+@pytest.mark.slow
 @every
 def test_two_runs_have_the_same_bits(name):
     with on((2, 4)):

@@ -1,36 +1,27 @@
-"""The TPU kernels compile for real chips: the shortest case on one chip, everything on every chip as slow tests."""
+"""The TPU kernels compile for real chips: `compile_cases` says which case for which chip in which suite."""
 
 import importlib.util
 
 import jax
 import jax.numpy as jnp
 import pytest
+from compile_cases import CHIPS, check_compiles, matrix
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.attention import dense_attention
 from pallas_kernels.attention.cases import FIRST, cases
 from pallas_kernels.static_cost import compile_for
 
-CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
-FIRST_CHIP = "v6e:2x2"
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not here")
 
 
-def _is_fast(case, chip: str) -> bool:
-    return chip == FIRST_CHIP and case.name.startswith(f"s{FIRST}_") and case.direction == "forward"
+def first(case):
+    return case.name.startswith(f"s{FIRST}_")
 
 
-MATRIX = [
-    pytest.param(case, chip, id=f"{case.label}-{chip}", marks=() if _is_fast(case, chip) else pytest.mark.slow)
-    for case in cases()
-    for chip in CHIPS
-]
-
-
-@pytest.mark.parametrize(("case", "chip"), MATRIX)
+@pytest.mark.parametrize(("case", "chip"), matrix(cases(), first, lambda case: case.direction == "forward"))
 def test_the_case_compiles(case, chip):
-    fn, args = case.build("tpu")
-    assert "tpu_custom_call" in (compile_for(chip, fn, args).as_text() or "")
+    check_compiles(case, chip)
 
 
 @pytest.mark.slow

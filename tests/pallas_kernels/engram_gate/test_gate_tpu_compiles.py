@@ -1,34 +1,25 @@
-"""The TPU kernels compile for real chips: one case per kernel and direction on one chip, every case on every chip as slow tests."""
+"""The TPU kernels compile for real chips: `compile_cases` says which case for which chip in which suite."""
 
 import jax
 import jax.numpy as jnp
 import pytest
+from compile_cases import CHIPS, check_compiles, matrix
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.engram_gate import gate_add
 from pallas_kernels.engram_gate.cases import FIRST, N, cases
 from pallas_kernels.static_cost import compile_for
 
-CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
-FIRST_CHIP = "v6e:2x2"
 SPLIT, WHOLE = PartitionSpec("x"), PartitionSpec()
 
 
-def _is_fast(case, chip: str) -> bool:
-    return chip == FIRST_CHIP and case.name == f"t{FIRST[0]}_n{N}_c{FIRST[1]}" and case.kernel == "gate_add"
+def first(case):
+    return case.name == f"t{FIRST[0]}_n{N}_c{FIRST[1]}"
 
 
-MATRIX = [
-    pytest.param(case, chip, id=f"{case.label}-{chip}", marks=() if _is_fast(case, chip) else pytest.mark.slow)
-    for case in cases()
-    for chip in CHIPS
-]
-
-
-@pytest.mark.parametrize(("case", "chip"), MATRIX)
+@pytest.mark.parametrize(("case", "chip"), matrix(cases(), first, lambda case: case.kernel == "gate_add"))
 def test_the_case_compiles(case, chip):
-    fn, args = case.build("tpu")
-    assert "tpu_custom_call" in (compile_for(chip, fn, args).as_text() or "")
+    check_compiles(case, chip)
 
 
 @pytest.mark.slow

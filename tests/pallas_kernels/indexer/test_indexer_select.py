@@ -17,7 +17,7 @@ scores_by_reference = jax.jit(reference.index_scores)
 tokens_by_reference = jax.jit(reference.select_tokens, static_argnums=1)
 pages_by_reference = jax.jit(reference.select_pages, static_argnums=2)
 
-SHAPES = [(2, 70, 150, 3, 8), (1, 1, 100, 4, 8), (3, 5, 40, 1, 4)]
+SHAPES = [(2, 70, 150, 3, 8), (1, 1, 100, 4, 8), (3, 1, 130, 2, 4), (3, 5, 40, 1, 4)]
 
 
 @pytest.fixture(autouse=True)

@@ -1,34 +1,23 @@
-"""The TPU kernels compile for real chips: pages and scores on one chip, every case on every chip as slow tests."""
+"""The TPU kernels compile for real chips: `compile_cases` says which case for which chip in which suite."""
 
 import jax
 import jax.numpy as jnp
 import pytest
+from compile_cases import FIRST_CHIP, check_compiles, matrix
 
 from pallas_kernels.indexer import select_pages
-from pallas_kernels.indexer.cases import FIRST, TOKENS, cases
+from pallas_kernels.indexer.cases import FIRST, cases
 from pallas_kernels.static_cost import compile_for
 from pallas_kernels.visible import Span
 
-CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
-FIRST_CHIP = "v6e:2x2"
+
+def first(case):
+    return f"t{FIRST}" in case.name
 
 
-def _is_fast(case, chip: str) -> bool:
-    return chip == FIRST_CHIP and case.kernel == "select_pages" and f"t{FIRST}" in case.name
-
-
-MATRIX = [
-    pytest.param(case, chip, id=f"{case.label}-{chip}", marks=() if _is_fast(case, chip) else pytest.mark.slow)
-    for case in cases()
-    for chip in CHIPS
-    if f"t{TOKENS[1]}" not in case.name
-]
-
-
-@pytest.mark.parametrize(("case", "chip"), MATRIX)
+@pytest.mark.parametrize(("case", "chip"), matrix(cases(), first, lambda case: case.kernel == "select_pages"))
 def test_the_case_compiles(case, chip):
-    fn, args = case.build("tpu")
-    assert "tpu_custom_call" in (compile_for(chip, fn, args).as_text() or "")
+    check_compiles(case, chip)
 
 
 @pytest.mark.slow

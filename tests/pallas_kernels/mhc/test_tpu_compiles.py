@@ -1,4 +1,4 @@
-"""The TPU kernels compile for real chips: one case per kernel and direction on one chip, every case on every chip as slow tests.
+"""The TPU kernels compile for real chips: `compile_cases` says which case for which chip in which suite.
 
 Also on a mesh of four chips, where each runs the kernel on its own tokens, and inside the model's layers.
 """
@@ -7,31 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compile_cases import CHIPS, FIRST_CHIP, check_compiles, matrix
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.mhc import Mapping, Weights, mhc_post_pre
 from pallas_kernels.mhc.cases import FIRST, cases
 from pallas_kernels.static_cost import compile_for
 
-CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
-FIRST_CHIP = "v6e:2x2"
+
+def first(case):
+    return case.name.startswith(f"t{FIRST[0]}_n4") and case.name.endswith((f"c{FIRST[1]}", "n4"))
 
 
-def _is_fast(case, chip: str) -> bool:
-    return chip == FIRST_CHIP and case.name.startswith(f"t{FIRST[0]}_n4") and case.name.endswith((f"c{FIRST[1]}", "n4"))
-
-
-MATRIX = [
-    pytest.param(case, chip, id=f"{case.label}-{chip}", marks=() if _is_fast(case, chip) else pytest.mark.slow)
-    for case in cases()
-    for chip in CHIPS
-]
-
-
-@pytest.mark.parametrize(("case", "chip"), MATRIX)
+@pytest.mark.parametrize(("case", "chip"), matrix(cases(), first))
 def test_the_case_compiles(case, chip):
-    fn, args = case.build("tpu")
-    assert "tpu_custom_call" in (compile_for(chip, fn, args).as_text() or "")
+    check_compiles(case, chip)
 
 
 def seam(mesh, tokens: int, width: int):

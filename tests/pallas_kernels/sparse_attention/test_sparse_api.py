@@ -78,19 +78,20 @@ def test_only_chosen_keys_matter():
     def of(latent, query):
         return sparse_mla(*(p.arrays[n] for n in NAMES[:-1]), latent, p.selected, p.span, scale=p.scale).out[0, query].sum()
 
+    gradient = jax.jit(jax.grad(of))
     for query in (0, 9, 15):
-        reached = np.flatnonzero(np.abs(jax.grad(of)(p.arrays["latent"], query)[0]).sum(axis=-1))
+        reached = np.flatnonzero(np.abs(gradient(p.arrays["latent"], query)[0]).sum(axis=-1))
         np.testing.assert_array_equal(reached, p.selected.index[0, query, : p.selected.count[0, query]])
 
 
-@pytest.mark.parametrize("pages", [False, True])
+@pytest.mark.parametrize("pages", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_runs_are_the_same_bits(pages):
     p = problem(pages=pages, length=2 * PAGE + 3, chosen=8, batch=1)
     first, second = run(p, query_chunk=PAGE), run(p, query_chunk=PAGE)
     assert all((first[name] == second[name]).all() for name in first)
 
 
-@pytest.mark.parametrize("pages", [False, True])
+@pytest.mark.parametrize("pages", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_gradients_summed_one_block_at_a_time_are_the_same(pages, monkeypatch):
     """As on a GPU, where the order of one scatter's additions is not fixed."""
     p = problem(pages=pages, length=70, chosen=5)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from compile_cases import check_compiles, matrix
 
 from pallas_kernels.choose import Kernels
 from pallas_kernels.sparse_attention.cases import CHOSEN, HEADS, NOPE, RANK, ROPE, VALUE, cases
@@ -12,20 +13,14 @@ from pallas_kernels.sparse_attention.spec import Keys, Weights
 from pallas_kernels.static_cost import compile_for
 from pallas_kernels.visible import PAGE
 
-CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
-FAST = ("v6e:2x2", "sparse_mla/forward/s1024_t32768_pages32")
-MATRIX = [
-    pytest.param(case, chip, id=f"{case.label}-{chip}", marks=() if (chip, case.label) == FAST else pytest.mark.slow)
-    for case in cases()
-    for chip in CHIPS
-    if "t32768" in case.name
-]
+
+def first(case):
+    return "s512_t32768" in case.name
 
 
-@pytest.mark.parametrize(("case", "chip"), MATRIX)
+@pytest.mark.parametrize(("case", "chip"), matrix(cases(), first, lambda case: case.direction == "forward" and "pages" in case.name))
 def test_the_case_compiles(case, chip):
-    fn, args = case.build("tpu")
-    assert "tpu_custom_call" in (compile_for(chip, fn, args).as_text() or "")
+    check_compiles(case, chip)
 
 
 @pytest.mark.slow
