@@ -31,7 +31,7 @@ WHOLE = (4 * K, 8 * K, 16 * K)  # sequences that dense attention and the choice 
 CACHES = (8 * K, 32 * K, 128 * K)  # keys that a chunk of queries chooses tokens from
 DENSE_HEADS = 2
 CHUNK = 512  # queries that choose, and that attend to pages
-FEW = 64  # queries that attend to tokens
+FEW = 32  # queries that attend to tokens, of few keys: what is done once for all keys must not seem theirs
 Say = Callable[[str], None]
 
 
@@ -55,8 +55,8 @@ def programs() -> list[Program]:
         *(Program("select_tokens", CHUNK, keys) for keys in CACHES),
         *(Program("select_pages", tokens, tokens) for tokens in WHOLE),
         *(Program("dense", tokens, tokens, DENSE_HEADS) for tokens in WHOLE),
-        Program("tokens", FEW, CACHES[1]),
         Program("pages", CHUNK, CACHES[1]),
+        Program("tokens", FEW, WHOLE[0]),
     ]
 
 

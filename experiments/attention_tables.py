@@ -55,8 +55,9 @@ def times_table(times: Mapping[str, Times]) -> Table:
             dense, found = own.dense(length), [own.pages(length), own.tokens(length)]
             cells = [_milliseconds(us) + (f" ({us / dense:.0%})" if us and dense else "") for us in found]
             rows.append([f"{name}, {short(length)}", _milliseconds(dense), *cells])
-        crossings = [own.break_even(granularity) for granularity in ("pages", "tokens")]
-        rows.append([f"{name}, break-even", "", *(NONE if here is None else short(here) for here in crossings)])
+        for what, found_at in (("whole sequences", own.break_even), ("one more token", own.position)):
+            crossings = [found_at(granularity) for granularity in ("pages", "tokens")]
+            rows.append([f"{name}, break-even of {what}", "", *(NONE if here is None else short(here) for here in crossings)])
     return Table(["chip and sequence", "dense, ms", "pages with choice, ms", "tokens with choice, ms"], rows)
 
 

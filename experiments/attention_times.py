@@ -5,7 +5,7 @@ modelled for two of them). The choice of tokens takes a + b T for a chunk of que
 the same for every query.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ import numpy as np
 
 from mhc_jax.experiments.attention_counts import crossing
 from mhc_jax.experiments.attention_modelled import CACHES, CHUNK, DENSE_HEADS, FEW, WHOLE, Program
+
+Total = Callable[[float], float | None]  # microseconds of a whole sequence of so many tokens
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,23 @@ class Times:
 
     def tokens(self, tokens: float) -> float | None:
         """The same with attention to chosen tokens, the choice included: chunk by chunk, each over the keys before it."""
-        choice, attention = self._chosen(tokens / 2), self.us(Program("tokens", FEW, CACHES[1]))
+        choice, attention = self._chosen(tokens / 2), self.us(Program("tokens", FEW, WHOLE[0]))
         return None if choice is None or attention is None else choice * tokens / CHUNK + attention * tokens / FEW
 
     def break_even(self, granularity: str) -> float | None:
         """Tokens from which on prefill takes less with "pages" or "tokens" than with dense attention; None where they do not cross."""
-        sparse = getattr(self, granularity)
+        return self._crossing(granularity, lambda total: lambda tokens: total(tokens) or 0.0)
+
+    def position(self, granularity: str) -> float | None:
+        """The same of one more token: the position from which on it adds less to the sequence's time."""
+        return self._crossing(granularity, lambda total: lambda tokens: (total(tokens + 1) or 0.0) - (total(tokens) or 0.0))
+
+    def _crossing(self, granularity: str, what: Callable[[Total], Callable[[float], float]]) -> float | None:
+        sparse: Total = getattr(self, granularity)
         if self.dense(1.0) is None or sparse(1.0) is None:
             return None
         try:
-            return crossing(sparse, self.dense, first=float(CHUNK))  # type: ignore[arg-type]
+            return crossing(what(sparse), what(self.dense), first=float(CHUNK))
         except ValueError:
             return None
 

@@ -13,7 +13,7 @@ def known(pages=200.0):
     us = {Program("dense", s, s, DENSE_HEADS).key: 0.1 * s + 1e-4 * s * s for s in WHOLE}
     us |= {Program("select_pages", s, s).key: 0.01 * s + 1e-5 * s * s for s in WHOLE}
     us |= {Program("select_tokens", CHUNK, t).key: 50 + 0.01 * t for t in CACHES}
-    us |= {Program("pages", CHUNK, CACHES[1]).key: pages, Program("tokens", FEW, CACHES[1]).key: 900.0}
+    us |= {Program("pages", CHUNK, CACHES[1]).key: pages, Program("tokens", FEW, WHOLE[0]).key: 450.0}
     return {key: {"us": value, "problems": []} for key, value in us.items()}
 
 
@@ -25,13 +25,15 @@ def test_laws_of_growth():
     times, s = Times(known()), 131_072
     assert times.dense(s) == pytest.approx(64 * (0.1 * s + 1e-4 * s * s))
     assert times.pages(s) == pytest.approx(0.01 * s + 1e-5 * s * s + 200 * s / 512)
-    assert times.tokens(s) == pytest.approx((50 + 0.01 * s / 2) * s / 512 + 900 * s / 64)
+    assert times.tokens(s) == pytest.approx((50 + 0.01 * s / 2) * s / 512 + 450 * s / 32)
 
 
 def test_break_even_is_where_the_times_meet_or_nowhere():
     times = Times(known(pages=20_000.0))
     here = times.break_even("pages")
     assert here is not None and times.pages(here) == pytest.approx(times.dense(here), rel=1e-6)
+    # One more token: 64 (0.1 + 2e-4 s) of dense attention against 0.01 + 2e-5 s and its share of a chunk.
+    assert times.position("pages") == pytest.approx((20_000 / 512 + 0.01 - 6.4) / (64 * 2e-4 - 2e-5), rel=1e-3)
     assert Times(known(pages=0.1)).break_even("pages") is None  # cheaper from the start
 
 
