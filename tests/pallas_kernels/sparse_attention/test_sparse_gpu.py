@@ -92,7 +92,7 @@ def test_one_query_forward_equals_float64():
         assert error < TOLERANCE[name], f"{name}: {error:.2e}"
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("pages", [False, True])
 def test_slots_are_refilled_without_races(pages, monkeypatch):
     """The interpreter follows what happens before what, and raises."""
@@ -101,13 +101,13 @@ def test_slots_are_refilled_without_races(pages, monkeypatch):
     check_chunk(pages, queries=1, keys=500)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_all_of_it_equals_a_dense_mask_in_float64():
     """With the projections, several chunks, and a query without keys."""
     check(problem(length=5, keys=130, chosen=90, **SMALL), 1e-2, implementation="gpu", interpret=True, query_chunk=4)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_query_without_keys_is_zero_and_its_gradients_are():
     q, latent, lists, d_o, so_far = chunk(False, queries=1, keys=70)
     got = jax.jit(partial(both_ways, gpu, False, interpret=True))(q, latent, [lists[0], jnp.zeros_like(lists[1])], d_o, so_far)
