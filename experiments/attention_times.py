@@ -1,7 +1,8 @@
 """Longer sequences from the programs that were modelled: how each part's time follows from its size. Arithmetic alone.
 
 Dense attention and the choice of pages over a whole sequence of S tokens take a S + b S^2 (heads are independent, so dense attention is
-modelled for two of them). The choice of tokens takes a + b T for a chunk of queries that sees T keys. Attention to what was chosen takes
+modelled for two of them). The choice of tokens takes a + b T for a chunk of queries of a sequence of T; scores of keys that a chunk does not
+see are left out by the kernel, but not the search among them, and the model charges both. Attention to what was chosen takes
 the same for every query.
 """
 
@@ -41,8 +42,8 @@ class Times:
         return None if choice is None or attention is None else choice + attention * tokens / CHUNK
 
     def tokens(self, tokens: float) -> float | None:
-        """The same with attention to chosen tokens, the choice included: chunk by chunk, each over the keys before it."""
-        choice, attention = self._chosen(tokens / 2), self.us(Program("tokens", FEW, WHOLE[0]))
+        """The same with attention to chosen tokens, the choice included; at most: every chunk chooses as the last one does."""
+        choice, attention = self._chosen(tokens), self.us(Program("tokens", FEW, WHOLE[0]))
         return None if choice is None or attention is None else choice * tokens / CHUNK + attention * tokens / FEW
 
     def break_even(self, granularity: str) -> float | None:
