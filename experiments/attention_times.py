@@ -1,9 +1,9 @@
 """Longer sequences from the programs that were modelled: how each part's time follows from its size. Arithmetic alone.
 
 Dense attention and the choice of pages over a whole sequence of S tokens take a S + b S^2 (heads are independent, so dense attention is
-modelled for two of them). The choice of tokens takes a + b T for a chunk of queries of a sequence of T; scores of keys that a chunk does not
-see are left out by the kernel, but not the search among them, and the model charges both. Attention to what was chosen takes
-the same for every query.
+modelled for two of them). The choice of tokens takes a + b T for a chunk of queries of a sequence of T: the kernel leaves out scores of
+keys that a chunk does not see, but not the search among them, and the model charges both. Attention to what was chosen takes the same for
+every query.
 """
 
 from collections.abc import Callable, Mapping
