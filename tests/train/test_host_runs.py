@@ -108,9 +108,13 @@ def cut(folder, copy, step):
 
 
 def same(got, wanted, config):
-    """Rounding apart: of each update, at most as large as the rate of a step."""
-    losses = [np.concatenate(lines_of(folder, "loss", "grad_norm")) for folder in (got, wanted)]
-    np.testing.assert_allclose(*losses, rtol=2e-4)
+    """Rounding apart: of each update, at most as large as the rate of a step.
+
+    The gate's square root has a slope without bound at zero, so that a token there turns rounding into much more of the gradient's norm
+    (5e-4 seen where the losses were 5e-7 apart).
+    """
+    for name, rtol in (("loss", 2e-5), ("grad_norm", 2e-3)):
+        np.testing.assert_allclose(*(np.concatenate(lines_of(folder, name)) for folder in (got, wanted)), rtol=rtol)
     rate = config.optimizer.learning_rate * config.model.engram.tables.learning_rate_factor
     found, expected, start = (tables_of(config, *of) for of in ((got,), (wanted,), (wanted, 2)))
     for a, b, before in zip(found, expected, start):
