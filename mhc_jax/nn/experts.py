@@ -2,7 +2,7 @@
 
 Two layouts of the sorted rows share everything but the product itself:
 
-    ragged   rows lie back to back, `jax.lax.ragged_dot` multiplies them (TPU, GPU)
+    ragged   rows lie back to back, `pallas_kernels.grouped` multiplies them (TPU, GPU)
     blocked  every expert's rows are padded to whole blocks, a batched product multiplies the blocks (CPU, where XLA's ragged_dot would
              compute every expert for every token)
 
@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mhc_jax.nn.ffn import gated
+from pallas_kernels.grouped import grouped_matmul
 
 BLOCK = 128  # rows; half a block is lost to padding per expert, and smaller blocks make slower products
 FEW = 16  # visits
@@ -66,7 +67,7 @@ def ragged(experts: Int[Array, "T k"], num_experts: int):
     rows = Sorted(order, jnp.argsort(order).reshape(experts.shape), jnp.bincount(experts.reshape(-1), length=num_experts))
 
     def multiply(x: Float[Array, "R I"], w: Float[Array, "E I O"]) -> Float[Array, "R O"]:
-        return jax.lax.ragged_dot(x, w, rows.rows_of_expert)
+        return grouped_matmul(x, w, rows.rows_of_expert)
 
     return rows, multiply
 
