@@ -15,6 +15,8 @@ from mhc_jax.plan.v4 import FLASH, PRO, V4, V4_WEIGHTS, V32_WEIGHTS
 
 V3_TOKENS = 14.8e12  # arXiv 2412.19437
 V3_MFU = 0.3894  # causal; arXiv 2505.09343, Table 4: 385 of 989 TFLOP/s
+# DeepSeek-V3 with MaxText in bfloat16, 4096 tokens (AI-Hypercomputer/tpu-recipes): tokens a second and chip, and TFLOP/s as it tells them.
+MAXTEXT = {"tpu7x": (2426, 607.5), "v5p": (542, 152.4)}
 V3_GPUS, V3_TOKENS_PER_DAY = 2048, 272.80e9  # the same table
 # The two phases that lengthen the context (arXiv 2412.19437, section 4.3): length, and steps times sequences.
 V3_PHASES = ((32 * K, 1000 * 1920), (128 * K, 1000 * 480))
@@ -116,6 +118,10 @@ def _deepseek_v3() -> list[Check]:
             f"{table1}; 0.119M for the context and 0.005M after it taken as published",
         ),
         Check("DeepSeek-V3, all of it", total * H800_DOLLARS / 1e6, 5.576, "M dollars", 0.03, table1),
+        *(
+            Check(f"DeepSeek-V3 with MaxText on {chip}", MAXTEXT[chip][0] * counted / 1e12, MAXTEXT[chip][1], "TFLOP/s a chip", 0.01, how)
+            for chip, counted, how in (("tpu7x", flops, "its recipe, from tokens a second"), ("v5p", full, "the same; not causal"))
+        ),
         Check(
             "DeepSeek-V3, longer context",
             extension_bill().chip_hours / 1e6,
@@ -178,7 +184,7 @@ def _traffic() -> list[Check]:
             18,
             "C a token and sublayer",
             exact,
-            f"{paper}, section 4.3.1, kernels added up",
+            f"{paper}, Table 2 and its fused kernels, added up",
         ),
         Check(
             "streams, one pass a seam",
