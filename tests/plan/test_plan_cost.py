@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import pytest
 
 from mhc_jax.config import override
@@ -12,6 +13,7 @@ from mhc_jax.plan.cost import ACCELERATORS, matching_price, training_bill, utili
 from mhc_jax.plan.flops import decode_flops
 from mhc_jax.plan.serving import Service, compute_seconds
 from mhc_jax.plan.traffic import LEVELS, best_block, engram_rows, kept_streams, stream_traffic, zipf_misses
+from pallas_kernels.mhc.cases import cases
 
 H800 = ACCELERATORS["H800"]
 
@@ -55,6 +57,14 @@ def test_traffic_of_one_stream_is_the_least():
         assert traffic["plain"] < traffic["seam"] < traffic["fused"] < traffic["unfused"]
     assert kept_streams(4, 24, best_block(4, 24)) == 48
     assert abs(best_block(4, 60) - math.sqrt(4 * 60 / 6)) < 1
+
+
+def test_a_seam_moves_what_the_kernels_arrays_hold():
+    """Inputs and outputs of the library's own seam, at the width of DeepSeek-V3; coefficients and weights are 1 % at most."""
+    case = next(case for case in cases() if (case.kernel, case.direction, case.name) == ("mhc_post_pre", "forward", "t8192_n4_c7168"))
+    fn, args = case.build("xla")
+    moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((args, jax.eval_shape(fn, *args))))
+    assert 1 <= moved / (2 * 8192 * 7168) / stream_traffic(4)["seam"] < 1.01
 
 
 def test_rows_and_levels_by_hand():
