@@ -68,6 +68,19 @@ def test_sizes_are_those_of_engrams_table_5(name, total, tables):
     assert get(name).tokens_per_step * get(name).train.steps == pytest.approx(262e9, rel=3e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "total", "active", "within"),
+    [("v3_671b", 671e9, 36.7e9, 1e-2), ("deepseek_v32", 672e9, 37e9, 2e-2), ("moe_1t", 1e12, 37e9, 3e-2)],
+)
+def test_sizes_of_the_largest(name, total, active, within):
+    """DeepSeek-V3's are those of its release: 671B, and 36.7B ("37B") active."""
+    count = count_parameters(get(name).model)
+    assert count.total == pytest.approx(total, rel=within)
+    assert count.active == pytest.approx(active, rel=within)
+    if name != "deepseek_v32":
+        assert get(name).tokens_per_step * get(name).train.steps == pytest.approx(14.8e12, rel=1e-3)
+
+
 @pytest.mark.parametrize(("name", "tokens"), [("3b", 39.3e9), ("9b", 105e9), ("27b", 262e9), ("3b_1t", 1.05e12)])
 def test_tokens_are_those_of_the_papers_table_5(name, tokens):
     config = get(name)
