@@ -11,16 +11,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from mhc_jax.config import Config
+from mhc_jax.parallel.mesh import make_mesh
 from mhc_jax.parallel.rules import Rules
 from mhc_jax.train.step import TrainState, compile_train_step, initial_state, state_shardings
 from pallas_kernels.static_cost import last_words, listings, target_devices
@@ -103,7 +104,7 @@ def main() -> None:
 
 def _compile(config: Config, target: str, dump: Path) -> Program:
     start = time.perf_counter()
-    mesh = mesh_of(config, target_devices(target))
+    mesh = make_mesh(config.mesh, target_devices(target))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         state, batch = arguments(config, mesh, Rules())
         try:
@@ -126,13 +127,6 @@ def _compile(config: Config, target: str, dump: Path) -> Program:
         count.get("flops"),
         count.get("bytes accessed"),
     )
-
-
-def mesh_of(config: Config, devices: list[Any]) -> Mesh:
-    """The mesh of a config over the first of these devices, laid along their interconnect as `jax.make_mesh` does it."""
-    sizes = {axis.name: getattr(config.mesh, axis.name) for axis in fields(config.mesh)}
-    wanted = int(np.prod(list(sizes.values())))
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:wanted])
 
 
 def arguments(config: Config, mesh: Mesh, rules: Rules) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:

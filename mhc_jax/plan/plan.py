@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from mhc_jax.config import Config, MeshConfig, override
+from mhc_jax.config import Config, override
 from mhc_jax.errors import UserError
 from mhc_jax.nn.count import ParameterCount, count_parameters
 from mhc_jax.plan.collectives import KINDS
@@ -85,7 +85,7 @@ def with_mesh(config: Config, devices: int, where: str) -> Config:
     Raises:
       UserError: the mesh does not come out even, has more devices than the machine or leaves some idle, or does not divide the model.
     """
-    sizes = {axis.name: getattr(config.mesh, axis.name) for axis in fields(MeshConfig)}
+    sizes = {axis.name: getattr(config.mesh, axis.name) for axis in fields(config.mesh)}
     others = 1
     for name, size in sizes.items():
         others *= 1 if name == "fsdp" else size
