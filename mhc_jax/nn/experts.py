@@ -81,7 +81,7 @@ def ragged(experts: Int[Array, "T k"], num_experts: int):
     order = jnp.argsort(flat, stable=True)
     visit_of_row = jnp.where(flat[order] < num_experts, order, flat.size)
     row_of_visit = jnp.where(flat < num_experts, jnp.argsort(order), flat.size)
-    rows_of_expert = jnp.bincount(flat, length=num_experts)
+    rows_of_expert = jnp.bincount(flat, length=num_experts).astype(jnp.int32)
 
     def multiply(x: Float[Array, "R I"], w: Float[Array, "E I O"]) -> Float[Array, "R O"]:
         return grouped_matmul(x, w, rows_of_expert)

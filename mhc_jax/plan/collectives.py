@@ -1,17 +1,16 @@
 """Collectives of a compiled module: what they move between which devices, and how long that takes on a torus of chips.
 
-The model, on a chip whose links each carry `link` bytes a second each way. The devices of a group span some axes of the torus; an axis that
-closes to a ring and is spanned in full gives two links, any other one. All spanned axes carry at once; the devices of a chip share its links
-evenly. With g devices, and W the sum of those links for one device:
+The devices of a group span some axes of the torus. An axis that closes to a ring and is spanned in full gives two links, any other one. All
+spanned axes carry at once; the devices of a chip share its links evenly. With g devices, and W bytes a second over those links for one:
 
     all-gather, reduce-scatter   (g - 1) / g of the whole array over W
     all-reduce                   both, one after the other
-    all-to-all                   g times what a device sends, over 4 W: on a ring half of the devices lie on either side, a quarter of it away
+    all-to-all                   the longest axis spanned, times what a device sends, over 4 W of that axis: a ring's mean way is a quarter
     permute                      what a device sends, over one link
     and 1 us for every hop to the farthest device, half of each spanned axis where it is a ring
 
-Groups that start at the same time are taken to have the links to themselves. Google's compilers choose among several algorithms; none is
-modelled. The figures of links stand in `topologies`.
+Collectives run one after the other, each with the links to itself. The compiler chooses among several algorithms; none is modelled. The
+figures of links stand in `topologies`.
 """
 
 import re

@@ -50,7 +50,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Program:
-    """What the compiler made of a step. Where it refused for want of memory, `text` is empty and temporaries are what it said was missing."""
+    """What the compiler made of a step. Where it refused for want of memory, `text` is empty and the peak is what it said it needs."""
 
     memory: Memory
     seconds: float  # tracing, lowering and compiling
@@ -137,12 +137,11 @@ def arguments(config: Config, mesh: Mesh, rules: Rules) -> tuple[TrainState, dic
         shapes,
         state_shardings(config, mesh, rules),
     )
-    of_batch = NamedSharding(mesh, rules.spec("batch"))
+    of_batch = NamedSharding(mesh, rules.spec("batch", "sequence"))
     size = (config.train.batch_size, config.data.seq_len)
     batch = {name: jax.ShapeDtypeStruct(size, np.int32, sharding=of_batch) for name in ("tokens", "targets", "segment_ids", "positions")}
     if (engram := config.model.engram) is not None:
-        heads = len(engram.table_sizes) * engram.heads
-        batch["engram_rows"] = jax.ShapeDtypeStruct((*size, len(engram.layers), heads), np.int32, sharding=of_batch)
+        batch["engram_rows"] = jax.ShapeDtypeStruct((*size, len(engram.layers), engram.all_heads), np.int32, sharding=of_batch)
     return state, batch
 
 

@@ -1,11 +1,12 @@
 """Which part of the network an operation of a compiled module belongs to, from the names that the program's scopes left in its metadata.
 
-The scopes stand in `nn.decoder` and `train.step`. An operation that the compiler made without a name, such as a fusion or a copy, belongs where
-most of what it fuses does, else where its operands come from.
+The scopes stand in `nn.decoder` and `train.step`. An operation that the compiler made without a name, such as a fusion or a copy, belongs
+where most of what it fuses does, else where its operands come from.
 """
 
 import re
 from collections import Counter
+from functools import cache
 
 from pallas_kernels.static_cost.hlo import Instruction, Module
 
@@ -26,6 +27,7 @@ OP_NAME = re.compile(r'op_name="([^"]*)"')
 LOOKED_BACK = 6  # operations, from one without a name
 
 
+@cache
 def op_name(step: Instruction) -> str:
     """What JAX called the operation that an instruction comes from; "" if the compiler did not keep it."""
     found = OP_NAME.search(step.attributes)

@@ -155,7 +155,7 @@ def count_products(config: Config, program: Program, step: StepTime, devices: in
 
 
 def smallest(config: Config, topology: Topology, memory: Memory) -> str | None:
-    """The smallest listed slice of a generation that the step would fit, if all that a device holds scaled with its share of the devices."""
+    """The smallest listed slice of a generation that the step would fit, were all that a device holds in proportion to its tokens."""
     for candidate in slices_of(topology.kind):
         scaled = memory.peak * topology.devices / candidate.devices
         if scaled <= candidate.hbm_bytes_per_device and config.train.batch_size // config.train.microbatches % candidate.devices == 0:

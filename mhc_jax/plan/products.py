@@ -1,13 +1,17 @@
 """FLOPs of the matrix products in a compiled module, read from the shapes of its instructions. A multiplication with its addition is two.
 
-A TPU compiler writes products as convolutions, batched ones with the batch as a dilated window in which one position in `size` meets data; those
-that meet padding are not counted. Pallas kernels hold no such instructions: their FLOPs are not told here, but for libtpu's ragged products.
+A TPU compiler writes products as convolutions, batched ones with the batch as a dilated window in which one position in `size` meets data;
+those that meet padding are not counted. Pallas kernels hold no such instructions: their FLOPs are not told here, but for grouped products.
 """
 
 import re
+from dataclasses import dataclass
 from math import ceil, prod
 
-from pallas_kernels.static_cost.hlo import ARRAY, ELEMENT_BITS, Instruction, Module
+from pallas_kernels.grouped.tpu.visits import row_tile
+from pallas_kernels.static_cost.hlo import ARRAY, Instruction, Module
+
+FLOATS = {"bf16": 2, "f16": 2, "f32": 4}  # bytes
 
 LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 WINDOW = re.compile(r"window=\{([^}]*)\}")
@@ -70,27 +74,48 @@ def _dims_of(name: str, computation: str, module: Module) -> tuple[int, ...]:
     return dims(made.shape)[0][1] if made else ()
 
 
-def ragged_product(step: Instruction, computation: str, module: Module) -> tuple[int, int, int] | None:
-    """(FLOPs, FLOPs that its tiles do, bytes that its tiles move) of a product of libtpu's own ragged kernel, None for anything else.
+@dataclass(frozen=True)
+class Grouped:
+    """A product of rows sorted by expert."""
 
-    Its grid depends on how many rows each expert got, which only data says. Counted is the most that it can be: rows / tile of full tiles, and
-    one more for every expert but one, where a tile holds rows of two. A step loads a tile of each operand; results are written once.
+    flops: int  # of its rows
+    done: int  # of its tiles
+    bytes: int  # that its tiles move
+
+
+def grouped_product(step: Instruction, computation: str, module: Module) -> Grouped | None:
+    """What a kernel of `pallas_kernels.grouped`, or libtpu's own for a ragged product, does at most; None for anything else.
+
+    How many rows each expert gets is data. The most tiles that a grid visits are those of all rows and one more for every expert, where a
+    tile holds rows of two. Every tile reads its rows again for each block of columns; matrices and results move once, in libtpu's kernel a
+    block of the matrix with every tile.
     """
-    tiling = re.search(r'ragged_dot_tiling="(\d+),(\d+),(\d+)"', step.attributes)
-    if not tiling:
+    ours = re.search(r"/(grouped_matmul|grouped_outer)/", step.attributes)
+    theirs = re.search(r'ragged_dot_tiling="(\d+),(\d+),(\d+)"', step.attributes)
+    if not ours and not theirs:
         return None
-    given = [module.instructions[computation].get(name) for name in step.operands]
-    arrays = [dims(made.shape)[0] for made in given if made and dims(made.shape)]
-    wide = [array for array in arrays if array[0] in ("bf16", "f32", "f16", "f8e4m3fn") and len(array[1]) >= 2]
-    if len(wide) < 2:
+    made = [module.instructions[computation].get(name) for name in step.operands]
+    given = [array for own in made if own for array in dims(own.shape)[:1] if array[0] in FLOATS and len(array[1]) >= 2]
+    if len(given) < 2:
         return None
-    (kind, rows, _), (_, weights, _) = wide[-2:]
-    tm, tk, tn = map(int, tiling.groups())
-    output = dims(step.shape)[0][1]
-    count, width, out = rows[0], rows[1], output[-1]
-    experts = weights[0] if len(weights) == 3 else 1
-    tiles = ceil(count / tm) + experts - 1
-    size = ELEMENT_BITS.get(kind, int(re.sub(r"\D", "", kind[:4]) or 16)) // 8
-    steps = tiles * ceil(width / tk) * ceil(out / tn)
-    moved = steps * (tm * tk + tk * tn) * size + count * out * size
-    return 2 * count * width * out, 2 * steps * tm * tk * tn, moved
+    (kind, rows, _), (_, other, _) = given[-2:]
+    result = dims(step.shape)[0][1]
+    size = FLOATS[kind]
+    count, width = rows
+    if ours and ours[1] == "grouped_outer":
+        out, experts = other[1], result[0]
+    else:
+        out, experts = result[1], other[0]
+    flops = 2 * count * width * out
+    if theirs:
+        tile, of_width, of_out = map(int, theirs.groups())
+        steps = (ceil(count / tile) + experts - 1) * ceil(width / of_width) * ceil(out / of_out)
+        moved = steps * (tile * of_width + of_width * of_out) * size + count * out * size
+        return Grouped(flops, 2 * steps * tile * of_width * of_out, moved)
+    tile = row_tile(count)
+    tiles = count // tile + experts
+    # Blocks are as large as VMEM allows; a handful of them is what the shapes of large models give.
+    moved = (
+        4 * tiles * tile * (width if ours and ours[1] == "grouped_matmul" else width + out) + prod(result) + experts * width * out
+    ) * size
+    return Grouped(flops, 2 * tiles * tile * width * out, moved)

@@ -26,8 +26,9 @@ def render(plans: Sequence[Plan], config: Config, topology: Topology) -> str:
         _line("", [plan.residual for plan in plans]),
     ]
 
-    def row(label: str, value: Callable[[Plan], str | None]) -> None:
-        cells = [value(plan) for plan in plans]
+    def row(label: str, value: Callable[[Plan], object]) -> None:
+        """A line of texts; what is no text is not known."""
+        cells = [text if isinstance(text := value(plan), str) else None for plan in plans]
         if any(cell is not None for cell in cells):
             lines.append(_line(label, [cell if cell is not None else "-" for cell in cells]))
 
@@ -107,7 +108,7 @@ def _giga(flops: float) -> str:
 
 def _traffic(plan: Plan, kind: str) -> str | None:
     found = plan.collectives.get(kind)
-    return found and f"{found.count} x, {found.bytes / GB:,.2f} GB"
+    return None if found is None else f"{found.count} x, {found.bytes / GB:,.2f} GB"
 
 
 def _share(plan: Plan, part: str) -> str | None:

@@ -1,9 +1,9 @@
 """The TPU slices that a plan can be made for: their shapes, memory and interconnect. Clocks and HBM bandwidth are `static_cost.chips`'.
 
 Sources. HBM capacity and interconnect bandwidth of a chip: the tables of Google Cloud's pages on v5e, v5p, v6e and TPU7x
-(docs.cloud.google.com/tpu/docs/tpu7x compares the last three). They give the interconnect's bandwidth of a chip in both directions; a link's
-bandwidth in one direction is that over two directions and the chip's links, two an axis of its torus. Slices are those that the pages list.
-Which axes close to a ring: those of a multiple of 4 chips on v5p and TPU7x (whole cubes of 4 x 4 x 4), those of 16 on v5e and v6e.
+(docs.cloud.google.com/tpu/docs/tpu7x compares the last three). The interconnect's bandwidth counts all links of a chip in both directions:
+what one link carries one way is that over two and over its links, two an axis of the torus. Slices are those that the pages list. Which
+axes close to a ring: those of a multiple of 4 chips on v5p and TPU7x (whole cubes of 4 x 4 x 4), those of 16 on v5e and v6e.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """Real shapes of grouped products, and what they must move and multiply: for tests, benchmarks and the static cost engine.
 
-The first product of the routed experts of the mHC paper's 27B model (arXiv 2512.24880, Table 5), for 8192 tokens of one device, 6 experts each.
+The first product of the routed experts of the mHC paper's 27B model (arXiv 2512.24880, Table 5) for 8192 tokens, 6 experts each.
 """
 
 from collections.abc import Callable

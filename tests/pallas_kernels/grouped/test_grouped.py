@@ -100,7 +100,9 @@ def test_bad_shapes_and_types_are_named():
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.direction)
-@pytest.mark.parametrize("chip", ["v6e:2x2", *(pytest.param(chip, marks=pytest.mark.slow) for chip in ("v5e:2x2", "v5p:2x2x1", "tpu7x:2x2x1"))])
+@pytest.mark.parametrize(
+    "chip", ["v6e:2x2", *(pytest.param(chip, marks=pytest.mark.slow) for chip in ("v5e:2x2", "v5p:2x2x1", "tpu7x:2x2x1"))]
+)
 def test_compiles(case, chip):
     fn, args = case.build("tpu")
     text = compile_for(chip, fn, args).as_text()
