@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from mhc_jax.config import Config
-from mhc_jax.configs import depth30, engram, laptop, paper, sparse
+from mhc_jax.configs import depth30, engram, laptop, large, paper, sparse
 from mhc_jax.errors import UserError
 
 CONFIGS: dict[str, Callable[[], Config]] = {
@@ -19,6 +19,8 @@ CONFIGS: dict[str, Callable[[], Config]] = {
     "engram_dense_4b": engram.engram_dense_4b,
     "deepseek_v32": sparse.deepseek_v32,
     "dsa_laptop": sparse.dsa_laptop,
+    "v3_671b": large.v3_671b,
+    "moe_1t": large.moe_1t,
 }
 
 

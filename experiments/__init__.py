@@ -17,8 +17,9 @@
     step_cost     step time and memory of the variants, side by side
     decode_speed  a token after a long context, dense and sparse attention side by side
     studies       questions that no list of runs fits: `mhc-jax study NAME`; study writes their reports
-    sparse_attention_cost  what sparse attention costs over position; attention_counts counts, attention_modelled asks the
-                  TPU compiler, published_costs is DeepSeek's own curve
+    sparse_attention_cost  what sparse attention costs over position; attention_modelled asks the TPU compiler,
+                  published_costs is DeepSeek's own curve
+    economics     what a model costs to train and to serve; economics_checks holds the arithmetic against published numbers
     needle        whether sparse attention finds what dense attention finds; needle_task makes the sequences
     torch_*       the same shape in PyTorch beside them; torch_baseline runs in an environment of its own and imports nothing from here
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from mhc_jax.experiments.attention_counts import crossing
 from mhc_jax.experiments.attention_modelled import CACHES, CHUNK, DENSE_HEADS, FEW, WHOLE, Program
+from mhc_jax.plan.attention import crossing
 
 Total = Callable[[float], float | None]  # microseconds of a whole sequence of so many tokens
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mhc_jax.experiments.attention_counts import Counts, crossing
+from mhc_jax.plan.attention import Counts, crossing
 
 SOURCE = "arXiv 2512.02556, figure of inference costs (H800, 2 dollars an hour), vertices read off the drawing"
 K = 1024

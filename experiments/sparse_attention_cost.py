@@ -6,7 +6,6 @@ Counted from DeepSeek-V3.2's config, held against what DeepSeek published of its
 from collections.abc import Sequence
 
 from mhc_jax.configs.sparse import deepseek_v32
-from mhc_jax.experiments.attention_counts import Counts, decode_counts, prefill_counts
 from mhc_jax.experiments.attention_memory import weigh_all
 from mhc_jax.experiments.attention_modelled import measure_all, model_all
 from mhc_jax.experiments.attention_tables import memory_blocks, times_blocks
@@ -15,6 +14,7 @@ from mhc_jax.experiments.published_costs import DECODE, PREFILL, SOURCE, K, Publ
 from mhc_jax.experiments.sparse_attention_figures import counted_figure, published_figure, short
 from mhc_jax.experiments.study import Say, to_png, write_study
 from mhc_jax.files import AnyPath
+from mhc_jax.plan.attention import Counts, decode_counts, prefill_counts
 
 NAME = "sparse_attention_cost"
 LENGTHS = (4 * K, 32 * K, 128 * K, 1024 * K)

@@ -7,11 +7,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from mhc_jax.experiments.attention_counts import Counts
 from mhc_jax.experiments.attention_modelled import WHOLE
 from mhc_jax.experiments.attention_times import Times
 from mhc_jax.experiments.published_costs import DECODE, PREFILL, K, Published, priced
 from mhc_jax.experiments.style import WIDTH
+from mhc_jax.plan.attention import Counts
 
 DENSE, TOKEN, PAGES, INDEXER = "#6b6b6b", "#0072B2", "#009E73", "#D55E00"
 LAST = 2**20  # position at which the axes of counted curves end

@@ -4,6 +4,7 @@ spec         what it returns
 reference    the specification in plain jnp
 xla          a block of queries at a time in plain XLA, for any size and platform
 tpu          flash kernels
+gpu          flash kernels for Hopper
 choose       which implementation runs
 api          what a user calls
 """

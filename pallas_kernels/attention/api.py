@@ -42,7 +42,8 @@ def dense_attention(
       first: [B, S] int32, 0 <= first[i] <= i and never falling: where the query's document begins, see `visible.causal_span`.
       scale: factor on the logits.
       query_block: queries whose logits exist at a time, in XLA alone.
-      implementation: "tpu" (Pallas Mosaic TPU), "xla" (any platform and size), or None for what the platform has.
+      implementation: "tpu" (Pallas Mosaic TPU), "gpu" (Pallas Mosaic GPU, Hopper), "xla" (any platform and size), or None for what the
+        platform has.
       interpret: runs a kernel step by step on any platform, for tests.
 
     Returns:

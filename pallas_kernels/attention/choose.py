@@ -1,5 +1,7 @@
 """Which implementation of dense attention runs. What all families have in common stands in `pallas_kernels.choose`."""
 
+import importlib
+
 import jax
 
 from pallas_kernels.case import Implementation
@@ -17,8 +19,8 @@ def choose(q_nope: jax.Array, q_rope: jax.Array, value: jax.Array, name: Impleme
     """
 
     def limit(name: str) -> str | None:
-        if name != "tpu":
-            return f"dense attention has no kernels for {name.upper()}"
+        if name == "gpu":
+            return importlib.import_module(f"pallas_kernels.{FAMILY}.gpu").misfit(q_nope, q_rope, value)
         width, rope, out_width = q_nope.shape[3], q_rope.shape[3], value.shape[3]
         if width % LANES or out_width % LANES or rope % (LANES // 2):
             return f"D, R and V are {width}, {rope} and {out_width}; the kernels need multiples of {LANES}, {LANES // 2} and {LANES}"

@@ -49,10 +49,12 @@ def kernel(
     interpret: bool,
     scratch: tuple = (),
     warpgroups: int = 1,
+    approximate: bool = False,
 ) -> dict[str, jax.Array]:
     """Runs `body(refs, *scratch)` on a grid with named axes; refs, inputs and outputs go by name. With `interpret` on the CPU.
 
-    Programs of several warpgroups share the scratch; each runs the body, and `jax.lax.axis_index(WARPGROUP)` tells them apart.
+    Programs of several warpgroups share the scratch; each runs the body, and `jax.lax.axis_index(WARPGROUP)` tells them apart. With
+    `approximate`, exp2 and log are the device's instructions (errors of 2^-22) and nothing for the sake of denormal numbers is added.
     """
 
     def named(*refs):
@@ -69,7 +71,7 @@ def kernel(
         **threads,
         interpret=_interpreter() if interpret else False,
         # The other lowering, Warpgroup, finds layouts by itself; with some hundreds of operations that takes twenty times longer.
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=plgpu.CompilerParams(approx_math=approximate, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
     return dict(zip(outputs, call(*inputs.values())))
 

@@ -3,6 +3,7 @@
 Who reads shared memory here must have waited for it to be written.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,14 +14,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gpu.launch import MATRIX, layout
 
 
-def times_transposed(pairs: list[tuple[Any, Any]], interpret: bool) -> jax.Array:
-    """The sum of a b^T over pairs a [64, k], b [n, k] in shared memory, float32 in registers."""
+def times_transposed(pairs: list[tuple[Any, Any]], interpret: bool, meanwhile: Callable[[], None] = lambda: None) -> jax.Array:
+    """The sum of a b^T over pairs a [64, k], b [n, k] in shared memory, float32 in registers. `meanwhile` runs while it is computed."""
     if interpret:
-        return sum(_dot(a[...], b[...], 1) for a, b in pairs)  # type: ignore[return-value]
+        found = sum(_dot(a[...], b[...], 1) for a, b in pairs)
+        meanwhile()
+        return found  # type: ignore[return-value]
 
     def run(total):
         for a, b in pairs:
             plgpu.wgmma(total, a, b.transpose((1, 0)))
+        meanwhile()
         return total[...]
 
     return pl.run_scoped(run, plgpu.ACC((64, pairs[0][1].shape[0]), jnp.float32))

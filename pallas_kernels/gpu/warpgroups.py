@@ -5,7 +5,8 @@ used it.
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,41 @@ def bring(steps: Array | int, fetch: Callable, full: Any, empty: Any, arrive: Ca
         return ()
 
     jax.lax.fori_loop(jnp.maximum(steps - SLOTS, 0), steps, drain, ())
+
+
+class Stream(NamedTuple):
+    """What is brought together for a step: fetch(step, slot, full barrier) starts its copies."""
+
+    fetch: Callable[[Array, Array, Any], None]
+    full: Any
+    empty: Any
+
+
+def bring_streams(steps: Array | int, streams: list[Stream], slots: int) -> None:
+    """Fetches all streams' steps in turn; every stream has places and barriers of its own, `slots` of them."""
+
+    def one(step, _):
+        slot = jax.lax.rem(step, jnp.int32(slots))
+        for stream in streams:
+            pl.when(step >= slots)(partial(plgpu.barrier_wait, stream.empty.at[slot]))
+            stream.fetch(step, slot, stream.full.at[slot])
+        return ()
+
+    jax.lax.fori_loop(0, steps, one, ())
+
+    def drain(step, _):  # the interpreter wants every phase of a barrier waited for
+        for stream in streams:
+            plgpu.barrier_wait(stream.empty.at[jax.lax.rem(step, jnp.int32(slots))])
+        return ()
+
+    jax.lax.fori_loop(jnp.maximum(steps - slots, 0), steps, drain, ())
+
+
+def release(barrier: Any, interpret: bool) -> None:
+    """Says that this warpgroup has read what `bring_streams` may replace: by wgmma, and waited for it, or into registers."""
+    if interpret:
+        plgpu.commit_smem()  # products read like any other instruction there, and its race detector asks for a fence before a copy
+    plgpu.barrier_arrive(barrier)
 
 
 def use(steps: Array | int, body: Callable, carry: Any, full: Any, empty: Any) -> Any:

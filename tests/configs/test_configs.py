@@ -68,6 +68,19 @@ def test_sizes_are_those_of_engrams_table_5(name, total, tables):
     assert get(name).tokens_per_step * get(name).train.steps == pytest.approx(262e9, rel=3e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "total", "active", "within"),
+    [("v3_671b", 671e9, 36.7e9, 1e-2), ("deepseek_v32", 672e9, 37e9, 2e-2), ("moe_1t", 1e12, 37e9, 3e-2)],
+)
+def test_sizes_of_the_largest(name, total, active, within):
+    """DeepSeek-V3's are those of its release: 671B, and 36.7B ("37B") active."""
+    count = count_parameters(get(name).model)
+    assert count.total == pytest.approx(total, rel=within)
+    assert count.active == pytest.approx(active, rel=within)
+    if name != "deepseek_v32":
+        assert get(name).tokens_per_step * get(name).train.steps == pytest.approx(14.8e12, rel=1e-3)
+
+
 @pytest.mark.parametrize(("name", "tokens"), [("3b", 39.3e9), ("9b", 105e9), ("27b", 262e9), ("3b_1t", 1.05e12)])
 def test_tokens_are_those_of_the_papers_table_5(name, tokens):
     config = get(name)
@@ -134,7 +147,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "nine streams": ({"model.connections.streams": 9}, ["model.connections.streams is 9", "1 to 8"]),
     "uneven microbatches": ({"train.microbatches": 3}, ["train.microbatches is 3", "train.batch_size = 8"]),
-    "uneven mesh": ({"mesh.data": 3}, ["mesh.data x mesh.fsdp is 3", "train.batch_size / train.microbatches = 8"]),
+    "uneven mesh": ({"mesh.data": 3}, ["mesh.data x mesh.fsdp x mesh.expert is 3", "train.batch_size / train.microbatches = 8"]),
     "uneven width": ({"mesh.fsdp": 32, "train.batch_size": 32}, ["mesh.fsdp is 32", "model.dim = 16"]),
     "a field that does not exist": ({"model.moe.topk": 2}, ["'topk'", "top_k"]),
     "a room that does not exist": ({"modle.dim": 2}, ["'modle.dim'", "model"]),

@@ -5,8 +5,8 @@ import pytest
 from mhc_jax.configs.laptop import laptop
 from mhc_jax.configs.sparse import deepseek_v32
 from mhc_jax.errors import UserError
-from mhc_jax.experiments.attention_counts import Part, crossing, decode_counts, prefill_counts
 from mhc_jax.experiments.published_costs import DECODE, PREFILL, K, priced, rate
+from mhc_jax.plan.attention import Part, crossing, decode_counts, prefill_counts
 
 CONFIG = deepseek_v32()
 

@@ -113,6 +113,4 @@ def test_what_the_kernels_cannot_take():
         ValueError, match='D, R and V are 64, 64 and 128; the kernels need multiples of 128, 64 and 128; implementation "xla"'
     ):
         dense_attention(*p.args, p.first, scale=1.0, implementation="tpu", interpret=True)
-    with pytest.raises(ValueError, match="no kernels for GPU"):
-        dense_attention(*p.args, p.first, scale=1.0, implementation="gpu", interpret=True)
     assert dense_attention(*p.args, p.first, scale=1.0).out.shape == (1, 2, 64, 128)

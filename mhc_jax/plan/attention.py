@@ -8,7 +8,7 @@ sees t + 1 keys, itself included.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mhc_jax.config import Config
+from mhc_jax.config import AttentionConfig, Config
 from mhc_jax.errors import UserError
 
 BYTES = 2  # of a number: bfloat16 keys and latents
@@ -82,22 +82,42 @@ class Counts:
         return crossing(self.sparse.flops, lambda position: self.indexer.flops_per_key * self.indexer.keys(position))
 
 
-def prefill_counts(config: Config) -> Counts:
-    """Whole sequences: dense attention in its multi-head form, sparse attention in the latent space.
-
-    Dense, a head and key: D + R multiplications for a logit, V for the output. Sparse: K + R and K.
-
-    Raises:
-      UserError: the config has no sparse attention.
-    """
-    a = config.model.attention
-    sparse, page, indexer = _sparse_parts(config)
-    dense = Part(
+def expanded(a: AttentionConfig) -> Part:
+    """Dense attention in its multi-head form, as over whole sequences: a head and key take D + R multiplications for a logit and V for the
+    output."""
+    return Part(
         flops_per_key=2 * a.num_heads * (a.nope_dim + a.rope_dim + a.value_dim),
         bytes_per_key=BYTES * (a.num_heads * (a.nope_dim + a.value_dim) + a.rope_dim),
         shared=QUERIES,
     )
-    return Counts(dense, sparse, page, indexer)
+
+
+def absorbed(a: AttentionConfig, most_keys: int | None = None, shared: int = 1) -> Part:
+    """Attention in the latent space, as over a cache and over chosen keys: a head and key take K + R multiplications and K."""
+    return Part(2 * a.num_heads * (2 * a.kv_rank + a.rope_dim), BYTES * (a.kv_rank + a.rope_dim), shared, most_keys)
+
+
+def indexer(dim: int, a: AttentionConfig, shared: int = 1) -> Part:
+    """The indexer's scores, and at any position its projections from a model of width `dim`; `a` must have one."""
+    own = a.sparse
+    assert own is not None and a.q_rank is not None
+    return Part(
+        flops_per_key=2 * own.index_heads * own.index_dim,
+        bytes_per_key=BYTES * own.index_dim,
+        shared=shared,
+        flops_fixed=2 * (a.q_rank * own.index_heads * own.index_dim + dim * (own.index_dim + own.index_heads)),
+    )
+
+
+def prefill_counts(config: Config) -> Counts:
+    """Whole sequences: dense attention in its multi-head form, sparse attention in the latent space.
+
+    Raises:
+      UserError: the config has no sparse attention.
+    """
+    a, top_k = config.model.attention, _top_k(config)
+    scores = indexer(config.model.dim, a, shared=QUERIES)
+    return Counts(expanded(a), absorbed(a, top_k), absorbed(a, top_k, shared=PAGE), scores)
 
 
 def decode_counts(config: Config) -> Counts:
@@ -106,26 +126,15 @@ def decode_counts(config: Config) -> Counts:
     Raises:
       UserError: the config has no sparse attention.
     """
-    sparse, _, indexer = _sparse_parts(config)
-    dense = Part(sparse.flops_per_key, sparse.bytes_per_key)
-    alone = Part(indexer.flops_per_key, indexer.bytes_per_key, flops_fixed=indexer.flops_fixed)
-    return Counts(dense, sparse, sparse, alone)
+    a, top_k = config.model.attention, _top_k(config)
+    scores, chosen = indexer(config.model.dim, a), absorbed(a, top_k)
+    return Counts(absorbed(a), chosen, chosen, scores)
 
 
-def _sparse_parts(config: Config) -> tuple[Part, Part, Part]:
-    """Attention to chosen tokens, to chosen pages, and the indexer."""
-    a, own = config.model.attention, config.model.attention.sparse
-    if own is None or a.q_rank is None:
+def _top_k(config: Config) -> int:
+    if config.model.attention.sparse is None:
         raise UserError(f"the config {config.name!r} has no model.attention.sparse, whose cost is asked for; take deepseek_v32")
-    per_key = 2 * a.num_heads * (2 * a.kv_rank + a.rope_dim)
-    row = BYTES * (a.kv_rank + a.rope_dim)
-    indexer = Part(
-        flops_per_key=2 * own.index_heads * own.index_dim,
-        bytes_per_key=BYTES * own.index_dim,
-        shared=QUERIES,
-        flops_fixed=2 * (a.q_rank * own.index_heads * own.index_dim + config.model.dim * (own.index_dim + own.index_heads)),
-    )
-    return Part(per_key, row, most_keys=own.top_k), Part(per_key, row, shared=PAGE, most_keys=own.top_k), indexer
+    return config.model.attention.sparse.top_k
 
 
 def crossing(a: Callable[[float], float], b: Callable[[float], float], first: float = 0.0, last: float = 2.0**24) -> float:
