@@ -96,11 +96,11 @@ def _gates(config: Config, folder: AnyPath, batch: dict[str, np.ndarray]) -> np.
     # A checkpoint is the same wherever the tables lie. Tables that only host memory can hold cannot be studied in this way.
     config = override(config, {"model.engram.tables.placement": "device", "model.engram.tables.hot_rows": 0})
     mesh, rules = make_mesh(config.mesh), Rules()
-    shards = config.mesh.data * config.mesh.fsdp
+    shards = config.mesh.devices
     with jax.set_mesh(mesh), Checkpoints(folder, config, lambda line: None) as checkpoints:
         restored = checkpoints.restore(placed_initial_state(config, mesh, rules))
         assert restored is not None, "a finished run has a checkpoint"
-        place = partial(jax.device_put, device=NamedSharding(mesh, rules.spec("batch")))
+        place = partial(jax.device_put, device=NamedSharding(mesh, rules.spec("batch", "sequence")))
         placed = {name: place(np.repeat(x, shards, axis=0)) for name, x in batch.items()}
 
         @jax.jit

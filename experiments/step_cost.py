@@ -44,7 +44,7 @@ def measure(config: Config, kinds: Sequence[str], rounds: int, torch: TorchBasel
     """Runs `rounds` steps of every kind, in turn, and of PyTorch last."""
     mesh, rules = make_mesh(config.mesh), Rules()
     with jax.set_mesh(mesh):
-        batch = jax.device_put(random_batch(config), NamedSharding(mesh, rules.spec("batch")))
+        batch = jax.device_put(random_batch(config), NamedSharding(mesh, rules.spec("batch", "sequence")))
         configs = [override(config, {"model.residual": kind}) for kind in kinds]
         for variant in configs:
             check_fits(variant, mesh)

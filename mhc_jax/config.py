@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from mhc_jax.engram_config import EngramConfig, check_engram
 from mhc_jax.errors import UserError
+from mhc_jax.mesh_config import MeshConfig, check_mesh, divides
 from mhc_jax.sparse_config import SparseConfig, check_sparse
 from mhc_jax.typecheck import check_types, group_of, shown
 
@@ -147,14 +148,6 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each mesh axis; their product is the number of devices used."""
-
-    data: int = 1  # batch
-    fsdp: int = 1  # batch and parameters
-
-
-@dataclass(frozen=True)
 class Config:
     """One training run. Constructing it validates every field."""
 
@@ -232,6 +225,9 @@ def validate(config: Config) -> None:
         "train.max_nonfinite_steps": t.max_nonfinite_steps,
         "mesh.data": mesh.data,
         "mesh.fsdp": mesh.fsdp,
+        "mesh.expert": mesh.expert,
+        "mesh.context": mesh.context,
+        "mesh.tensor": mesh.tensor,
     }
     if a.q_rank is not None:
         positive["model.attention.q_rank"] = a.q_rank
@@ -275,7 +271,7 @@ def validate(config: Config) -> None:
         )
 
     _at_most("model.dense_layers", m.dense_layers, "model.num_layers", m.num_layers)
-    _divides("2 (rotary pairs)", 2, "model.attention.rope_dim", a.rope_dim)
+    divides("2 (rotary pairs)", 2, "model.attention.rope_dim", a.rope_dim)
     if a.rope.theta <= 1:
         raise UserError(f"model.attention.rope.theta is {a.rope.theta}; it must be above 1, for example 10000")
     _at_most("model.attention.rope.beta_slow", a.rope.beta_slow, "model.attention.rope.beta_fast", a.rope.beta_fast)
@@ -283,7 +279,7 @@ def validate(config: Config) -> None:
         raise UserError(
             f"model.attention.rope.yarn_factor is {a.rope.yarn_factor}; 1 is plain rotary embedding, above 1 extends the context"
         )
-    _divides("model.moe.num_groups", e.num_groups, "model.moe.num_experts", e.num_experts)
+    divides("model.moe.num_groups", e.num_groups, "model.moe.num_experts", e.num_experts)
     _at_most("model.moe.top_groups", e.top_groups, "model.moe.num_groups", e.num_groups)
     reachable = e.num_experts // e.num_groups * e.top_groups
     if e.top_k > reachable:
@@ -314,16 +310,10 @@ def validate(config: Config) -> None:
         if value > limit:
             raise UserError(f"{path} is {value}; up to {limit} is supported")
 
-    _divides("train.microbatches", t.microbatches, "train.batch_size", t.batch_size)
-    shards = mesh.data * mesh.fsdp
-    for path, sequences in (
-        ("train.batch_size / train.microbatches", t.batch_size // t.microbatches),
-        ("train.eval_sequences", t.eval_sequences),
-    ):
-        _divides("mesh.data x mesh.fsdp", shards, path, sequences)
-    _divides("mesh.fsdp", mesh.fsdp, "model.dim", m.dim)
+    divides("train.microbatches", t.microbatches, "train.batch_size", t.batch_size)
+    check_mesh(config)
     # A checkpoint carries the held-out loss that decides whether it is kept as one of the best.
-    _divides("train.eval_every", t.eval_every, "train.checkpoint_every", t.checkpoint_every)
+    divides("train.eval_every", t.eval_every, "train.checkpoint_every", t.checkpoint_every)
 
 
 def _check_sources(data: DataConfig) -> None:
@@ -342,11 +332,6 @@ def _check_sources(data: DataConfig) -> None:
         raise UserError("data.text_field is empty; name the field or column that holds the text")
     if data.tokenizer == "":
         raise UserError("data.tokenizer is empty; give the path of a tokenizer.json, or None to train a tokenizer")
-
-
-def _divides(path: str, part: int, whole_path: str, whole: int) -> None:
-    if whole % part:
-        raise UserError(f"{path} is {part}, which does not divide {whole_path} = {whole}; change one of the two")
 
 
 def _at_most(path: str, value: float, limit_path: str, limit: float) -> None:

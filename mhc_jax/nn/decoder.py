@@ -32,6 +32,7 @@ from mhc_jax.nn.residual.mhc import MHC, IdentityHC, pre_bias, projected
 from mhc_jax.nn.residual.socket import Connection, PlainResidual
 from mhc_jax.nn.residual.streams import Pending, collapse, expand, split, unpack, unwritten
 from mhc_jax.parallel.rules import Rules
+from mhc_jax.parallel.shards import STREAMS, constrained, first_sequence, shard_count
 
 CONNECTIONS: dict[str, type[Connection]] = {
     "residual": PlainResidual,
@@ -190,7 +191,7 @@ def embedded(model: Decoder, tokens: Int[Array, "B S"], rules: Rules = Rules()) 
     """The streams before the first layer, all equal, in the compute type."""
     wide_type = wide_dtype(model.embedding)
     compute = jnp.dtype(model.config.dtype) if wide_type == jnp.float32 else wide_type
-    return _constrain(expand(model.embedding.astype(compute)[tokens], model.streams), rules)
+    return constrained(expand(model.embedding.astype(compute)[tokens], model.streams), rules, *STREAMS)
 
 
 def sublayer(
@@ -198,9 +199,8 @@ def sublayer(
 ) -> tuple[Pending, Any]:
     """One sublayer behind its connection: `f(u, *own)` gives its output, which stays pending, and whatever else it tells."""
     x, u, h = connection.seam(pending, rules)
-    x = _constrain(x, rules)
     y, told = f(u, *own)
-    return Pending(x, y, h), told
+    return Pending(x, constrained(y, rules, *STREAMS), h), told
 
 
 def feed_forward(
@@ -216,7 +216,8 @@ def feed_forward(
     if isinstance(ffn, MoE):
         y, load, balance = ffn(u, bias, rules)
         return y, (load, balance)
-    return ffn(u), (jnp.zeros(config.moe.num_experts, jnp.int32), jnp.zeros((), wide_dtype(norm)))
+    y = ffn(constrained(u, rules, "batch", "positions", None))
+    return y, (jnp.zeros(config.moe.num_experts, jnp.int32), jnp.zeros((), wide_dtype(norm)))
 
 
 def collapsed(model: Decoder, x: Float[Array, "B S nC"]) -> Float[Array, "B S C"]:
@@ -276,7 +277,9 @@ def hidden_states(
         attended, told = sublayer(pending, layer.attention_connection, run(attention), of_attention, rules)
         of_ffn = (layer.ffn, layer.ffn_norm, bias)
         fed, (load, balance) = sublayer(attended, layer.ffn_connection, run(ffn), of_ffn, rules)
-        traces = (_trace(attended, layer.attention_connection), _trace(fed, layer.ffn_connection)) if trace else None
+        traces = None
+        if trace:
+            traces = _trace(attended, layer.attention_connection, rules), _trace(fed, layer.ffn_connection, rules)
         return fed, LayerAux(told.max_logit, told.indexer_loss, load, balance, traces)
 
     def with_memory(pending, index):
@@ -286,7 +289,7 @@ def hidden_states(
         own = jax.tree.map(lambda a: a[index], model.engram)
         x = connection.written(pending, rules)
         x, gates = recomputed(lambda engram, x, read: engram(x, read, reach, rules), config.remat)(own, x, memory[index])
-        return unwritten(_constrain(x, rules), connection.mapping), gates[:, : x.shape[1]]
+        return unwritten(x, connection.mapping), first_sequence(gates, len(x), rules)
 
     reports, gates = [], []
     no_bias = jnp.zeros((config.dense_layers, config.moe.num_experts))
@@ -338,11 +341,13 @@ def batch_loss(
     """Summed cross-entropy (nats) of a batch, the number of its targets, and what the layers report."""
     where = (batch["tokens"], batch["positions"], batch["segment_ids"])
     hidden, aux = hidden_states(model, *where, router_bias, memory=memory, rules=rules, trace=trace)
-    total, count = next_token_loss(hidden, model.unembed, batch["targets"], model.config.loss_chunk)
+    hidden = constrained(hidden, rules, "batch", "positions", None)
+    parts = shard_count(rules, "positions")
+    total, count = next_token_loss(hidden, model.unembed, batch["targets"], model.config.loss_chunk, parts)
     return total, count, aux
 
 
-def _trace(pending: Pending, connection: Connection) -> SublayerTrace:
+def _trace(pending: Pending, connection: Connection, rules: Rules) -> SublayerTrace:
     x, _, h = pending
     length, mapping = x.shape[1], connection.mapping
     n = 1 if mapping is None else mapping.n
@@ -350,7 +355,7 @@ def _trace(pending: Pending, connection: Connection) -> SublayerTrace:
     rms, cosine = _stream_statistics(x, n)
     if mapping is None or h is None:
         return SublayerTrace(ones, ones, identity, jnp.full((), jnp.nan), rms, cosine)
-    pre, post, res = unpack(h[:, :length], mapping)
+    pre, post, res = unpack(first_sequence(h, len(x), rules), mapping)
     logits = connection.res_logits(x[:1])
     return SublayerTrace(
         pre=pre,
@@ -372,10 +377,3 @@ def _stream_statistics(x: Float[Array, "B S nC"], n: int) -> tuple[Float[Array, 
     between = jnp.einsum("isc,jsc->sij", unit, unit)
     pairs = n * (n - 1)
     return rms, ((between.sum(axis=(1, 2)) - jnp.trace(between, axis1=1, axis2=2)) / pairs).mean()
-
-
-def _constrain(x: Array, rules: Rules) -> Array:
-    """Keeps activations split over the batch axis when a mesh is set."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, rules.spec("batch", None, None))

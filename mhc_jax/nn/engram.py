@@ -15,8 +15,9 @@ from mhc_jax.nn.linear import project
 from mhc_jax.nn.module import Module, Spec, normal
 from mhc_jax.nn.ngram_hash import newest
 from mhc_jax.nn.norm import rms_norm, wide
+from mhc_jax.nn.residual.streams import flat
 from mhc_jax.parallel.rules import Rules
-from mhc_jax.parallel.shards import on_token_shards
+from mhc_jax.parallel.shards import STREAMS, TOKENS_LAST, on_shards, shard_count, with_halo
 from pallas_kernels.engram_gate import DILATION, HALO, TAPS, ShortConv, gate_add, gate_conv_add
 
 CONV_EPS = 1e-5  # of the norm before the convolution, as in the published code
@@ -64,27 +65,35 @@ class Engram(Module):
           reach: how many earlier tokens each token's convolution may see, see `reach_of`.
           rules: where tokens lie.
         """
-        keys_value, gain = self._projected(x, memory), self.query_gain * self.key_gain
-        flat = (x.reshape(-1, x.shape[-1]), keys_value, gain)
+        keys_value, gain = project(memory.astype(x.dtype), self.keys_value), self.query_gain * self.key_gain
+        halo = HALO if shard_count(rules, "sequence") > 1 else 0
+
+        def add(x: Array, keys_value: Array, gain: Array) -> tuple[Array, Array]:
+            out, gates = self._add(flat(x), flat(keys_value), gain)
+            return out.reshape(x.shape), gates
+
+        def add_conv(x: Array, keys_value: Array, gain: Array, reach: Array, weight: Array, conv_gain: Array) -> tuple[Array, Array]:
+            if halo:  # the convolution sees the last tokens of the device before; what is computed for them is thrown away
+                x, keys_value = (with_halo(a, halo, rules) for a in (x, keys_value))
+                own = jnp.broadcast_to(jnp.arange(halo, dtype=reach.dtype), (len(reach), halo))
+                reach = jnp.concatenate([own, reach], axis=1)
+            conv = ShortConv(weight, conv_gain, reach.reshape(-1))
+            out, gates = gate_conv_add(flat(x), flat(keys_value), gain, conv, norm_eps=self.norm_eps, conv_eps=CONV_EPS)
+            gates = gates.reshape(len(gates), *reach.shape)[:, :, halo:]
+            return out.reshape(x.shape)[:, halo:], gates.reshape(len(gates), -1)
+
+        given, results = (STREAMS, STREAMS, None), (STREAMS, TOKENS_LAST)
         if self.conv is None:
-            add = on_token_shards(self._add, rules, tokens=(0, 0, None), results=(0, 1))
-            out, gates = add(*flat)
-        else:
-
-            def add_conv(x: Array, keys_value: Array, gain: Array, reach: Array, weight: Array, conv_gain: Array) -> tuple[Array, Array]:
-                conv = ShortConv(weight, conv_gain, reach)
-                return gate_conv_add(x, keys_value, gain, conv, norm_eps=self.norm_eps, conv_eps=CONV_EPS)
-
-            sharded = on_token_shards(add_conv, rules, tokens=(0, 0, None, 0, None, None), results=(0, 1))
-            out, gates = sharded(*flat, reach.reshape(-1), self.conv, self.conv_gain)
-        return out.reshape(x.shape), gates
+            return on_shards(add, rules, given=given, results=results)(x, keys_value, gain)
+        sharded = on_shards(add_conv, rules, given=(*given, ("batch", "sequence"), None, None), results=results)
+        return sharded(x, keys_value, gain, reach, self.conv, self.conv_gain)
 
     def decode(
         self, x: Float[Array, "B S nC"], memory: Float[Array, "B S M"], state: "ConvState", count: Int[Array, "B"]
     ) -> tuple[Float[Array, "B S nC"], "ConvState"]:
         """The next S tokens of one document a sequence, after those that `state` remembers; the first `count` are remembered then."""
-        keys_value = self._projected(x, memory)
-        out, gates = self._add(x.reshape(-1, x.shape[-1]), keys_value, self.query_gain * self.key_gain)
+        keys_value = flat(project(memory.astype(x.dtype), self.keys_value))
+        out, gates = self._add(flat(x), keys_value, self.query_gain * self.key_gain)
         out = out.reshape(x.shape)
         if self.conv is None:
             return out, state
@@ -98,9 +107,6 @@ class Engram(Module):
         taps = [self.conv[j][None, None] * past[:, HALO - j * DILATION :][:, :length] for j in range(TAPS)]
         added = jax.nn.silu(sum(taps[1:], taps[0])).reshape(x.shape)
         return (wide(out) + added).astype(x.dtype), ConvState(newest(past, count, HALO))
-
-    def _projected(self, x: Array, memory: Array) -> Float[Array, "T KV"]:
-        return project(memory.astype(x.dtype), self.keys_value).reshape(-1, self.keys_value.shape[1])
 
     def _add(self, x: Array, keys_value: Array, gain: Array) -> tuple[Array, Array]:
         return gate_add(x, keys_value, gain, norm_eps=self.norm_eps)

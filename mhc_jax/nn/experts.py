@@ -35,20 +35,34 @@ def routed_swiglu(
     return jax.lax.platform_dependent(x, experts, weights, inner, out, cpu=on_cpu, default=partial(_routed, layout=ragged))
 
 
-class Sorted(NamedTuple):
-    """Where each visit (token t, its j-th expert) lies among R rows sorted by expert; visits are numbered t * k + j."""
+def visited(
+    x: Float[Array, "T C"], experts: Int[Array, "T k"], inner: Float[Array, "E C gate_up"], out: Float[Array, "E gate_up//2 C"]
+) -> Float[Array, "T k C"]:
+    """SwiGLU_expert(x) of every visit; zeros for a visit to expert E, one more than there are."""
+    layouts = {"cpu": partial(_visited, layout=blocked), "default": partial(_visited, layout=ragged)}
+    return jax.lax.platform_dependent(x, experts, inner, out, **layouts)
+
+
+class Rows(NamedTuple):
+    """Where each visit (token t, its j-th expert) lies among R rows; visits are numbered t * k + j."""
 
     visit_of_row: Int[Array, "R"]  # T * k marks a padding row
-    row_of_visit: Int[Array, "T k"]
-    rows_of_expert: Int[Array, "E"]
+    row_of_visit: Int[Array, "T k"]  # R: none
+
+
+def _visited(x, experts, inner, out, *, layout):
+    rows, multiply = layout(experts, inner.shape[0])
+    hidden = gated(multiply(dispatch(x, rows), inner.astype(x.dtype)))
+    return collect(multiply(hidden, out.astype(x.dtype)), rows)
 
 
 def _routed(x, experts, weights, inner, out, *, layout):
-    rows, multiply = layout(experts, inner.shape[0])
-    gathered = _dispatch(x, rows)
-    hidden = gated(multiply(gathered, inner.astype(x.dtype)))
-    y = _collect(multiply(hidden, out.astype(x.dtype)), rows)
-    return jnp.einsum("tk,tkc->tc", weights, y.astype(weights.dtype)).astype(x.dtype)
+    return combine(_visited(x, experts, inner, out, layout=layout), weights)
+
+
+def combine(visits: Float[Array, "T k C"], weights: Float[Array, "T k"]) -> Float[Array, "T C"]:
+    """What a token's visits brought, weighted and summed in the weights' precision; in the visits' type."""
+    return jnp.einsum("tk,tkc->tc", weights, visits.astype(weights.dtype)).astype(visits.dtype)
 
 
 def _one_by_one(x, experts, weights, inner, out):
@@ -62,13 +76,16 @@ def _one_by_one(x, experts, weights, inner, out):
 
 def ragged(experts: Int[Array, "T k"], num_experts: int):
     """Rows back to back, and the product of such rows with their experts' matrices."""
-    order = jnp.argsort(experts.reshape(-1), stable=True)
-    rows = Sorted(order, jnp.argsort(order).reshape(experts.shape), jnp.bincount(experts.reshape(-1), length=num_experts))
+    flat = experts.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    visit_of_row = jnp.where(flat[order] < num_experts, order, flat.size)
+    row_of_visit = jnp.where(flat < num_experts, jnp.argsort(order), flat.size)
+    rows_of_expert = jnp.bincount(flat, length=num_experts)
 
     def multiply(x: Float[Array, "R I"], w: Float[Array, "E I O"]) -> Float[Array, "R O"]:
-        return jax.lax.ragged_dot(x, w, rows.rows_of_expert)
+        return jax.lax.ragged_dot(x, w, rows_of_expert)
 
-    return rows, multiply
+    return Rows(visit_of_row, row_of_visit.reshape(experts.shape)), multiply
 
 
 def blocked(experts: Int[Array, "T k"], num_experts: int, block: int = BLOCK):
@@ -81,10 +98,10 @@ def blocked(experts: Int[Array, "T k"], num_experts: int, block: int = BLOCK):
     count = one_hot.sum(axis=0)
     last_block = jnp.cumsum(-(-count // block))
     first_block = last_block - (-(-count // block))
-    row_of_visit = first_block[flat] * block + rank
-    visit_of_row = jnp.full(num_blocks * block, visits).at[row_of_visit].set(jnp.arange(visits), unique_indices=True)
+    row_of_visit = jnp.where(flat < num_experts, first_block[flat] * block + rank, num_blocks * block)
+    visit_of_row = jnp.full(num_blocks * block, visits).at[row_of_visit].set(jnp.arange(visits), mode="drop")
     expert_of_block = jnp.clip(jnp.searchsorted(last_block, jnp.arange(num_blocks), side="right"), 0, num_experts - 1)
-    rows = Sorted(visit_of_row, row_of_visit.reshape(experts.shape), count)
+    rows = Rows(visit_of_row, row_of_visit.reshape(experts.shape))
 
     def multiply(x: Float[Array, "R I"], w: Float[Array, "E I O"]) -> Float[Array, "R O"]:
         return _block_product(x.reshape(num_blocks, block, -1), w, expert_of_block).reshape(num_blocks * block, -1)
@@ -118,39 +135,43 @@ _block_product.defvjp(_block_product_fwd, _block_product_bwd)
 
 
 @jax.custom_vjp
-def _dispatch(x: Float[Array, "T C"], rows: Sorted) -> Float[Array, "R C"]:
+def dispatch(x: Float[Array, "T C"], rows: Rows) -> Float[Array, "R C"]:
     """The token of each row; zeros in padding rows."""
-    return x.at[rows.visit_of_row // rows.row_of_visit.shape[1]].get(mode="fill", fill_value=0)
+    return _rows_of(x, rows.visit_of_row // rows.row_of_visit.shape[1])
 
 
 def _dispatch_fwd(x, rows):
-    return _dispatch(x, rows), rows
+    return dispatch(x, rows), rows
 
 
 def _dispatch_bwd(rows, g):
-    return g[rows.row_of_visit].sum(axis=1), _no_gradient(rows)
+    return _rows_of(g, rows.row_of_visit).sum(axis=1), _no_gradient(rows)
 
 
-_dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 
 @jax.custom_vjp
-def _collect(y: Float[Array, "R C"], rows: Sorted) -> Float[Array, "T k C"]:
-    """The row of each visit."""
-    return y[rows.row_of_visit]
+def collect(y: Float[Array, "R C"], rows: Rows) -> Float[Array, "T k C"]:
+    """The row of each visit; zeros for a visit without one."""
+    return _rows_of(y, rows.row_of_visit)
 
 
 def _collect_fwd(y, rows):
-    return _collect(y, rows), rows
+    return collect(y, rows), rows
 
 
 def _collect_bwd(rows, g):
     flat = g.reshape(-1, g.shape[-1])
-    return flat.at[rows.visit_of_row].get(mode="fill", fill_value=0), _no_gradient(rows)
+    return _rows_of(flat, rows.visit_of_row), _no_gradient(rows)
 
 
-_collect.defvjp(_collect_fwd, _collect_bwd)
+collect.defvjp(_collect_fwd, _collect_bwd)
 
 
-def _no_gradient(rows: Sorted) -> Sorted:
+def _rows_of(x: Float[Array, "N C"], rows: Int[Array, "*shape"]) -> Float[Array, "*shape C"]:
+    return x.at[rows].get(mode="fill", fill_value=0)
+
+
+def _no_gradient(rows: Rows) -> Rows:
     return jax.tree.map(lambda index: np.zeros(index.shape, jax.dtypes.float0), rows)

@@ -11,22 +11,23 @@ from mhc_jax.nn.norm import wide_dtype
 
 
 def next_token_loss(
-    hidden: Float[Array, "B S C"], unembed: Float[Array, "C V"], targets: Int[Array, "B S"], chunk: int
+    hidden: Float[Array, "B S C"], unembed: Float[Array, "C V"], targets: Int[Array, "B S"], chunk: int, parts: int = 1
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Summed cross-entropy in nats over positions with a target, and their number. A negative target is none.
 
-    Logits, float32 or wider, exist for `chunk` positions of each sequence at a time.
+    Logits, float32 or wider, exist for `chunk` positions at a time of each of `parts` equal parts of each sequence, which are those that
+    devices hold where sequences are split.
     """
-    return _summed_loss(hidden, unembed, targets, min(chunk, hidden.shape[1])), (targets >= 0).sum()
+    return _summed_loss(hidden, unembed, targets, min(chunk, hidden.shape[1] // parts), parts), (targets >= 0).sum()
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _summed_loss(hidden, unembed, targets, chunk):
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _summed_loss(hidden, unembed, targets, chunk, parts):
     def step(total, piece):
         h, t = piece
         return total + _of_piece(h, t, unembed)[0], None
 
-    total, _ = jax.lax.scan(step, _zero(hidden), _pieces(hidden, targets, chunk))
+    total, _ = jax.lax.scan(step, _zero(hidden), _pieces(hidden, targets, chunk, parts))
     return total
 
 
@@ -34,7 +35,7 @@ def _summed_loss(hidden, unembed, targets, chunk):
 # of computing them a second time in the backward pass. It is scaled by the incoming cotangent there.
 
 
-def _summed_loss_fwd(hidden, unembed, targets, chunk):
+def _summed_loss_fwd(hidden, unembed, targets, chunk, parts):
     def step(carry, piece):
         total, d_unembed = carry
         h, t = piece
@@ -43,12 +44,12 @@ def _summed_loss_fwd(hidden, unembed, targets, chunk):
         d_unembed += jnp.einsum("bsc,bsv->cv", h, d_logits, preferred_element_type=d_unembed.dtype)
         return (total + loss, d_unembed), d_hidden
 
-    (total, d_unembed), d_hidden = jax.lax.scan(step, (_zero(hidden), jnp.zeros_like(unembed)), _pieces(hidden, targets, chunk))
-    d_hidden = d_hidden.swapaxes(0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])[:, : hidden.shape[1]]
+    (total, d_unembed), d_hidden = jax.lax.scan(step, (_zero(hidden), jnp.zeros_like(unembed)), _pieces(hidden, targets, chunk, parts))
+    d_hidden = _whole(d_hidden, hidden.shape[1], parts)
     return total, (d_hidden, d_unembed)
 
 
-def _summed_loss_bwd(chunk, saved, g):
+def _summed_loss_bwd(chunk, parts, saved, g):
     d_hidden, d_unembed = saved
     targets = np.zeros(d_hidden.shape[:2], jax.dtypes.float0)
     return (g * d_hidden).astype(d_hidden.dtype), g * d_unembed, targets
@@ -68,13 +69,24 @@ def _of_piece(hidden: Float[Array, "B s C"], targets: Int[Array, "B s"], unembed
     return loss, d_logits
 
 
-def _pieces(hidden, targets, chunk):
-    """Chunks of positions along a new leading axis; the last one is filled up with positions that have no target."""
-    batch, length, width = hidden.shape
-    fill = -length % chunk
-    hidden = jnp.pad(hidden, ((0, 0), (0, fill), (0, 0))).reshape(batch, -1, chunk, width).swapaxes(0, 1)
-    targets = jnp.pad(targets, ((0, 0), (0, fill)), constant_values=-1).reshape(batch, -1, chunk).swapaxes(0, 1)
-    return hidden, targets
+def _pieces(hidden, targets, chunk, parts):
+    """Chunks of positions of all parts along a new leading axis; a part's last one is filled up with positions that have no target."""
+
+    def cut(x, value):
+        x = x.reshape(x.shape[0], parts, -1, *x.shape[2:])
+        x = jnp.pad(x, [(0, -x.shape[2] % chunk if axis == 2 else 0) for axis in range(x.ndim)], constant_values=value)
+        x = jnp.moveaxis(x.reshape(*x.shape[:2], -1, chunk, *x.shape[3:]), 2, 0)
+        return x.reshape(*x.shape[:2], -1, *x.shape[4:])  # [pieces, B, parts * chunk, ...]
+
+    return cut(hidden, 0), cut(targets, -1)
+
+
+def _whole(pieces, length, parts):
+    """[B, S, ...] again of what `_pieces` cut."""
+    x = pieces.reshape(*pieces.shape[:2], parts, -1, *pieces.shape[3:])
+    x = jnp.moveaxis(x, 0, 2)
+    x = x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, : length // parts]
+    return x.reshape(x.shape[0], length, *x.shape[3:])
 
 
 def _zero(hidden):

@@ -18,7 +18,7 @@ from mhc_jax.nn.module import Module, Spec, normal
 from mhc_jax.nn.norm import rms_norm, wide_dtype
 from mhc_jax.nn.rotary import rotate, softmax_temperature
 from mhc_jax.parallel.rules import Rules
-from mhc_jax.parallel.shards import on_token_shards
+from mhc_jax.parallel.shards import constrained, on_shards
 from pallas_kernels.attention import dense_attention
 from pallas_kernels.indexer import dense_indexer_loss, select_pages, select_tokens, sparse_indexer_loss
 from pallas_kernels.sparse_attention import sparse_mla
@@ -99,6 +99,7 @@ class MLA(Module):
         self, x: Float[Array, "B S C"], positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"], rules: Rules = Rules()
     ) -> tuple[Float[Array, "B S C"], Report]:
         """Attention output of whole sequences, each token seeing its document up to itself."""
+        x = constrained(x, rules, "batch", "positions", None)
         span = causal_span(segment_ids)
         q_nope, q_rope, q_latent = self._queries(x, positions)
         latent = self._latents(x, positions)
@@ -110,11 +111,12 @@ class MLA(Module):
             index = (*self.indexer.queries(detached, q_detached, positions), self.indexer.keys(detached, positions))
         own = self.config.sparse
         if own is None or own.stage == "warmup" or x.shape[1] <= own.top_k:  # up to top_k keys all of them are chosen
-            attended, tops, losses = self._dense((q_nope, q_rope, *self._expanded(latent)), span, index, rules)
+            attended, tops, losses = self._dense(q_nope, q_rope, latent, span, index, rules)
         else:
             assert index is not None
-            attended, tops, losses = self._sparse((q_nope, q_rope, latent), span, index, rules)
-        return self._projected(attended), Report(jax.lax.stop_gradient(tops.max()), losses.sum())
+            attended, tops, losses = self._sparse(q_nope, q_rope, latent, span, index, rules)
+        y = self._projected(constrained(attended, rules, "batch", "positions", "heads", None))
+        return y, Report(jax.lax.stop_gradient(tops.max()), losses.sum())
 
     def decode(
         self, x: Float[Array, "B S C"], positions: Int[Array, "B S"], cache: LatentCache
@@ -200,28 +202,47 @@ class MLA(Module):
             return select_pages(q, k, weight, span, own.top_k // PAGE, query_chunk=own.query_chunk)
         return select_tokens(q, k, weight, span, own.top_k, query_chunk=own.query_chunk)
 
-    def _dense(self, args: tuple[Array, ...], span: Span, index: tuple[Array, ...] | None, rules: Rules) -> tuple[Array, Array, Array]:
-        """Output [B, S, H, V], largest logit of each row of sequences, and the indexer's loss on each shard."""
+    def _dense(
+        self, q_nope: Array, q_rope: Array, latent: Array, span: Span, index: tuple[Array, ...] | None, rules: Rules
+    ) -> tuple[Array, Array, Array]:
+        """Output [B, S, H, V], largest logits and the indexer's losses of shards.
+
+        Where sequences are split, devices exchange positions for heads: each attends for some heads over whole sequences, so that causality
+        gives all of them the same work. Of keys and values only latents travel.
+        """
         a = self.config
+        k_nope, k_rope, value = self._expanded(constrained(latent, rules, "batch", None, None))
+        args = [x.swapaxes(1, 2) for x in (q_nope, q_rope, k_nope)] + [k_rope, value.swapaxes(1, 2)]  # heads before positions
+        heads, whole = ("batch", "all_heads", None, None), ("batch", None, None)
 
-        def attend(q_nope, q_rope, k_nope, k_rope, value, first, *index):
-            q_nope, q_rope, k_nope, value = (x.swapaxes(1, 2) for x in (q_nope, q_rope, k_nope, value))  # heads before positions
-            given = q_nope, q_rope, k_nope, k_rope
-            found = dense_attention(*given, value, first, scale=self.scale, query_block=a.query_block)
-            loss = jnp.zeros((), wide_dtype(q_nope))
-            if index and a.sparse is not None:
-                q, weight, k = index
-                detached = jax.lax.stop_gradient((*given, found.log_total))
-                loss = dense_indexer_loss(q, k, weight, *detached, first, scale=self.scale, query_chunk=a.sparse.query_chunk)
-            return found.out.swapaxes(1, 2), found.top.max(axis=(1, 2)), loss[None]
+        def attend(*args: Array) -> tuple[Array, Array, Array]:
+            found = dense_attention(*args, scale=self.scale, query_block=a.query_block)
+            return found.out, found.top.max(axis=(1, 2))[:, None], found.log_total
 
-        given = *args, span.first, *(index or ())
-        return on_token_shards(attend, rules, tokens=(0,) * len(given), results=(0, 0, 0))(*given)
+        results = heads, ("batch", "all_heads"), ("batch", "all_heads", None)
+        sharded = on_shards(attend, rules, given=(heads, heads, heads, whole, heads, whole[:2]), results=results)
+        out, tops, log_total = sharded(*args, span.first)
+        losses = jnp.zeros(1, wide_dtype(q_nope))
+        if index is not None and a.sparse is not None:
+            chunk = a.sparse.query_chunk
 
-    def _sparse(self, args: tuple[Array, ...], span: Span, index: tuple[Array, ...], rules: Rules) -> tuple[Array, Array, Array]:
-        """The same over the keys that the indexer chooses."""
+            def loss(q: Array, weight: Array, k: Array, *detached: Array) -> Array:
+                return dense_indexer_loss(q, k, weight, *detached, scale=self.scale, query_chunk=chunk)[None]
+
+            # All heads together are what the indexer learns, so devices that share sequences compute the same.
+            detached = jax.lax.stop_gradient((*args[:4], log_total, span.first))
+            given = [("batch", *[None] * (x.ndim - 1)) for x in (*index, *detached)]
+            losses = on_shards(loss, rules, given=given, results=("batch",))(*index, *detached)
+        return out.swapaxes(1, 2), tops, losses
+
+    def _sparse(
+        self, q_nope: Array, q_rope: Array, latent: Array, span: Span, index: tuple[Array, ...], rules: Rules
+    ) -> tuple[Array, Array, Array]:
+        """The same over the keys that the indexer chooses; every device for its own queries, over all latents of their sequences."""
         assert self.config.sparse is not None
-        chunk = self.config.sparse.query_chunk
+        chunk, whole, own = self.config.sparse.query_chunk, ("batch", None, None), ("batch", "positions")
+        by_heads, ups = (*own, "heads", None), self._ups(latent.dtype)
+        chosen: tuple[tuple[str | None, ...], ...] = ((*own, None), own)
 
         def attend(key_up, value_up, q_nope, q_rope, latent, first, stop, q, weight, k):
             span = Span(first, stop)
@@ -229,11 +250,18 @@ class MLA(Module):
             found = sparse_mla(
                 q_nope, q_rope, key_up, value_up, latent, selected, span, scale=self.scale, pages=self._by_pages, query_chunk=chunk
             )
-            tokens = tokens_of_pages(selected, span) if self._by_pages else selected
-            detached = jax.lax.stop_gradient((q_nope, q_rope, key_up, latent))
-            loss = sparse_indexer_loss(q, k, weight, *detached, tokens, scale=self.scale, query_chunk=chunk)
-            return found.out, found.top.max(axis=(1, 2)), loss[None]
+            return found.out, found.top.max(axis=(1, 2))[:, None, None], *selected
 
-        given = *args, *span, *index
-        sharded = on_token_shards(attend, rules, tokens=(None, None, *(0,) * len(given)), results=(0, 0, 0))
-        return sharded(*self._ups(args[0].dtype), *given)
+        def loss(key_up, q_nope, q_rope, latent, first, stop, q, weight, k, *selected):
+            span, found = Span(first, stop), Selected(*selected)
+            tokens, main = tokens_of_pages(found, span) if self._by_pages else found, (q_nope, q_rope, key_up, latent)
+            return sparse_indexer_loss(q, k, weight, *main, tokens, scale=self.scale, query_chunk=chunk)[None, None]
+
+        common = (whole, own, own, (*own, None, None), (*own, None), whole)
+        given, shared = ((None, "heads", None),) * 2 + (by_heads,) * 2 + common, (latent, *span, *index)
+        sharded = on_shards(attend, rules, given=given, results=(by_heads, (*own, "heads"), *chosen))
+        out, tops, *selected = sharded(*ups, q_nope, q_rope, *shared)
+        detached = jax.lax.stop_gradient((ups[0], q_nope, q_rope, latent))
+        of_loss = (None, *((*own, None, None),) * 2, *common, *chosen)
+        losses = on_shards(loss, rules, given=of_loss, results=own)(*detached, *span, *index, *selected)
+        return out, tops, losses

@@ -11,30 +11,30 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mhc_jax.config import ModelConfig, MoEConfig
-from mhc_jax.nn.experts import routed_swiglu
+from mhc_jax.nn.expert_parallel import routed
 from mhc_jax.nn.ffn import SwiGLU
 from mhc_jax.nn.module import Module, Spec, normal
 from mhc_jax.nn.norm import wide
 from mhc_jax.parallel.rules import Rules
-from mhc_jax.parallel.shards import on_token_shards
+from mhc_jax.parallel.shards import STREAMS, constrained
 
 
 class Routing(NamedTuple):
     """For each token the experts it visits and their weights."""
 
-    experts: Int[Array, "T k"]
-    weights: Float[Array, "T k"]  # sum to routed_scaling
-    affinity: Float[Array, "T E"]  # before the bias
+    experts: Int[Array, "*tokens k"]
+    weights: Float[Array, "*tokens k"]  # sum to routed_scaling
+    affinity: Float[Array, "*tokens E"]  # before the bias
 
 
-def route(x: Float[Array, "T C"], router: Float[Array, "C E"], bias: Float[Array, "E"], config: MoEConfig) -> Routing:
+def route(x: Float[Array, "*tokens C"], router: Float[Array, "C E"], bias: Float[Array, "E"], config: MoEConfig) -> Routing:
     """Chooses `top_k` experts a token, in float32 or wider.
 
     The bias is added for the choice alone: the weights are the chosen experts' own affinities over their sum, times `routed_scaling`.
     With groups, a group's score is the sum of its two best biased affinities, and only the best `top_groups` groups can be chosen.
     """
     affinity = jax.nn.sigmoid(jnp.matmul(wide(x), router, precision=jax.lax.Precision.HIGHEST))
-    biased = jax.lax.stop_gradient(affinity) + bias[None]
+    biased = jax.lax.stop_gradient(affinity) + jnp.expand_dims(bias, range(affinity.ndim - 1))
     if config.num_groups > 1:
         grouped = biased.reshape(*biased.shape[:-1], config.num_groups, -1)
         best_two = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(axis=-1)
@@ -86,8 +86,8 @@ class MoE(Module):
 
     SPECS: ClassVar = {
         "router": Spec(("embed", None), decay=True),
-        "inner": Spec(("experts", "embed", "hidden"), decay=True),
-        "out": Spec(("experts", "hidden", "embed"), decay=True),
+        "inner": Spec(("experts", "embed", None), decay=True),
+        "out": Spec(("experts", None, "embed"), decay=True),
     }
 
     def __init__(self, config: ModelConfig, key: PRNGKeyArray):
@@ -103,12 +103,9 @@ class MoE(Module):
         self, x: Float[Array, "B S C"], bias: Float[Array, "E"], rules: Rules
     ) -> tuple[Float[Array, "B S C"], Int[Array, "E"], Float[Array, ""]]:
         """Layer output, tokens per expert over the whole batch, and the balance loss."""
-        tokens = x.reshape(-1, x.shape[-1])
-        routing = route(tokens, self.router, bias, self.config)
-        # Every shard of tokens sorts and computes its own; the weights are gathered to it.
-        route_and_multiply = on_token_shards(routed_swiglu, rules, tokens=(0, 0, 0, None, None))
-        routed = route_and_multiply(tokens, routing.experts, routing.weights, self.inner, self.out)
-        y = routed.reshape(x.shape)
+        x = constrained(x, rules, *STREAMS)
+        routing = route(x, self.router, bias, self.config)
+        y = routed(x, routing.experts, routing.weights, self.inner, self.out, rules)
         if self.shared is not None:
-            y = y + self.shared(x)
+            y = y + constrained(self.shared(constrained(x, rules, "batch", "positions", None)), rules, *STREAMS)
         return y, expert_load(routing.experts, self.config.num_experts), balance_loss(routing, x.shape[0], self.config)

@@ -1,5 +1,7 @@
 """The mesh that a config asks for, and placing arrays on it. One device is a mesh of one."""
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,19 +12,24 @@ from mhc_jax.errors import UserError
 from mhc_jax.parallel.rules import Rules
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh with axes `data` and `fsdp` over the first devices.
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with an axis for each field of the config over the first devices of this run, or of those given.
+
+    Neighbours on the last axis, `tensor`, exchange most and lie next to each other.
 
     Raises:
       UserError: the config asks for more devices than there are.
     """
-    wanted, present = config.data * config.fsdp, jax.device_count()
+    sizes = dataclasses.asdict(config)
+    devices = jax.devices() if devices is None else devices
+    wanted, present = config.devices, len(devices)
     if wanted > present:
+        asked = {name: size for name, size in sizes.items() if size > 1}
         raise UserError(
-            f"mesh.data x mesh.fsdp = {config.data} x {config.fsdp} asks for {wanted} devices, but {present} are present; lower them, "
-            f"or on a CPU set JAX_NUM_CPU_DEVICES={wanted}"
+            f"{' x '.join(f'mesh.{name}' for name in asked)} = {' x '.join(map(str, asked.values()))} asks for {wanted} devices, but "
+            f"{present} are present; lower them, or on a CPU set JAX_NUM_CPU_DEVICES={wanted}"
         )
-    return jax.make_mesh((config.data, config.fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:wanted])
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:wanted])
 
 
 def shardings(mesh: Mesh, rules: Rules, specs: Any) -> Any:

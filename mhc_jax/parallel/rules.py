@@ -12,15 +12,19 @@ MeshAxes = str | tuple[str, ...] | None
 class Rules:
     """A logical axis a field; its value is the mesh axis or axes that it is split over, None where every device holds all of it."""
 
-    batch: MeshAxes = ("data", "fsdp")  # sequences of a batch, and tokens where batch and sequence are one axis
+    batch: MeshAxes = ("data", "fsdp", "expert")  # sequences of a batch
+    sequence: MeshAxes = ("context", "tensor")  # positions, between sublayers: streams, and all that is done token by token
+    positions: MeshAxes = "context"  # positions, inside sublayers that split heads, hidden widths or vocabulary
+    tokens: MeshAxes = ("data", "fsdp", "expert", "context", "tensor")  # batch and sequence as one axis, each device's own tokens together
+    heads: MeshAxes = "tensor"
+    all_heads: MeshAxes = ("tensor", "context")  # heads where every device sees whole sequences
+    hidden: MeshAxes = "tensor"  # of feed-forwards that every token visits
+    experts: MeshAxes = ("expert", "tensor")
+    vocab: MeshAxes = "tensor"
     embed: MeshAxes = "fsdp"  # C of parameters
     stream_embed: MeshAxes = "fsdp"  # n * C of connection parameters
-    heads: MeshAxes = None
-    hidden: MeshAxes = None  # of feed-forwards
-    experts: MeshAxes = None
-    vocab: MeshAxes = None
     layers: MeshAxes = None
-    table_rows: MeshAxes = ("data", "fsdp")  # of Engram's tables: a device owns a contiguous block
+    table_rows: MeshAxes = ("data", "fsdp", "expert", "context", "tensor")  # of Engram's tables: a device owns a contiguous block
 
     def spec(self, *axes: str | None) -> PartitionSpec:
         """The partition of an array whose axes have these logical names (None: not split).
@@ -37,10 +41,14 @@ class Rules:
                 continue
             if axis not in known:
                 raise ValueError(f"no sharding rule for logical axis {axis!r}; the rules are {', '.join(sorted(known))}")
-            mesh_axes: MeshAxes = getattr(self, axis)
-            for name in (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ():
+            for name in self.mesh_axes(axis):
                 if name in owner:
                     raise ValueError(f"logical axes {owner[name]!r} and {axis!r} of one array are both split over mesh axis {name!r}")
                 owner[name] = axis
-            entries.append(mesh_axes)
+            entries.append(getattr(self, axis))
         return PartitionSpec(*entries)
+
+    def mesh_axes(self, axis: str) -> tuple[str, ...]:
+        """Names of the mesh axes that a logical axis is split over, the outermost first."""
+        axes: MeshAxes = getattr(self, axis)
+        return (axes,) if isinstance(axes, str) else axes or ()

@@ -33,8 +33,10 @@ def valid(rows: Int[Array, "*shape"], num_rows: int, absent: int) -> Int[Array, 
     return jnp.where((rows >= 0) & (rows < num_rows), rows, absent).astype(jnp.int32)
 
 
-def lookup(table: Array, rows: Array, num_rows: int, axes: Axes, shards: int, capacity: float) -> tuple[Array, LookupStats]:
-    """`mhc_jax.tables.lookup.lookup` on a mesh whose `axes` have `shards` devices."""
+def lookup(
+    table: Array, rows: Array, num_rows: int, where: PartitionSpec, axes: Axes, shards: int, capacity: float
+) -> tuple[Array, LookupStats]:
+    """`mhc_jax.tables.lookup.lookup` on a mesh whose `axes` have `shards` devices; the numbers lie as `where` says."""
     absent = padded_rows(num_rows, shards)
 
     def local(table: Array, rows: Array) -> tuple[Array, LookupStats]:
@@ -46,11 +48,13 @@ def lookup(table: Array, rows: Array, num_rows: int, axes: Axes, shards: int, ca
         values = jnp.where((numbers < absent)[:, None], found[0][place], jnp.nan)
         return values.reshape(*rows.shape, -1), asked.stats(numbers, found[1])
 
-    return _on_shards(local, axes, 2, (PartitionSpec(axes), PartitionSpec()))(table, rows)
+    return _on_shards(local, (PartitionSpec(axes), where), (where, PartitionSpec()))(table, rows)
 
 
-def collect(rows: Array, values: Array, num_rows: int, axes: Axes, shards: int, capacity: float) -> tuple[RowGradients, LookupStats]:
-    """`mhc_jax.tables.lookup.collect` on a mesh whose `axes` have `shards` devices."""
+def collect(
+    rows: Array, values: Array, num_rows: int, where: PartitionSpec, axes: Axes, shards: int, capacity: float
+) -> tuple[RowGradients, LookupStats]:
+    """`mhc_jax.tables.lookup.collect` on a mesh whose `axes` have `shards` devices; numbers and values lie as `where` says."""
     absent = padded_rows(num_rows, shards)
 
     def local(rows: Array, values: Array) -> tuple[RowGradients, LookupStats]:
@@ -60,12 +64,12 @@ def collect(rows: Array, values: Array, num_rows: int, axes: Axes, shards: int, 
         gradients, rounds = _send(sums, asked)
         return gradients, asked.stats(numbers, rounds)
 
-    return _on_shards(local, axes, 2, (PartitionSpec(axes), PartitionSpec()))(rows, values)
+    return _on_shards(local, (where, where), (PartitionSpec(axes), PartitionSpec()))(rows, values)
 
 
-def _on_shards(f: Callable[..., Any], axes: Axes, arguments: int, results: Any) -> Callable[..., Any]:
+def _on_shards(f: Callable[..., Any], given: Any, results: Any) -> Callable[..., Any]:
     # Without the check of what varies over devices: it has no rule for a loop whose end all devices agree upon by a sum.
-    return jax.shard_map(f, in_specs=(PartitionSpec(axes),) * arguments, out_specs=results, check_vma=False)
+    return jax.shard_map(f, in_specs=given, out_specs=results, check_vma=False)
 
 
 class _Asked:

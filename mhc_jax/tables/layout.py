@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from mhc_jax.parallel.rules import Rules
+from mhc_jax.parallel.shards import shard_count
 
 
 def padded_rows(num_rows: int, shards: int) -> int:
@@ -16,24 +17,19 @@ def table_axes(rules: Rules) -> tuple[str, ...]:
     """Names of the mesh axes that rows are split over under the mesh set by `jax.set_mesh`; none without a mesh or with one device.
 
     Raises:
-      ValueError: tables and batches are split over different axes. The exchange of rows runs over all devices that have tokens.
+      ValueError: tables and tokens are split over different axes. The exchange of rows runs over all devices that have tokens.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return ()
-    if rules.table_rows != rules.batch:
-        raise ValueError(f"table_rows is split over {rules.table_rows}, but batch over {rules.batch}; both must be split in the same way")
-    axes = rules.table_rows
-    return (axes,) if isinstance(axes, str) else axes or ()
+    if rules.table_rows != rules.tokens:
+        raise ValueError(f"table_rows is split over {rules.table_rows}, but tokens over {rules.tokens}; both must be split in the same way")
+    return rules.mesh_axes("table_rows")
 
 
-def shard_count(rules: Rules) -> int:
+def table_shards(rules: Rules) -> int:
     """In how many blocks the rows of a table are split under the mesh that is set."""
-    mesh = jax.sharding.get_abstract_mesh()
-    count = 1
-    for axis in table_axes(rules):
-        count *= mesh.shape[axis]
-    return count
+    return shard_count(rules, "table_rows") if table_axes(rules) else 1
 
 
 def initial_table(key: PRNGKeyArray, num_rows: int, padded: int, head_dim: int, std: float) -> Float[Array, "padded head_dim"]:

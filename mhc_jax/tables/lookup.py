@@ -4,13 +4,15 @@ A number that names no row is never read in silence: its values are NaN, so that
 """
 
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mhc_jax.parallel.rules import Rules
+from mhc_jax.parallel.shards import shard_count
 from mhc_jax.tables import exchange
 from mhc_jax.tables.exchange import LookupStats, valid
 from mhc_jax.tables.gradients import RowGradients, distinct, sum_equal
-from mhc_jax.tables.layout import padded_rows, shard_count, table_axes
+from mhc_jax.tables.layout import padded_rows, table_axes, table_shards
 
 
 def lookup(
@@ -23,18 +25,18 @@ def lookup(
 ) -> tuple[Float[Array, "B *more head_dim"], LookupStats]:
     """The rows with these numbers: values of the table's dtype, NaN for a number outside [0, num_rows).
 
-    Under a mesh with several devices the table is split as `rules.table_rows` says and the numbers, on their first axis, as `rules.batch`;
-    each device asks the owners for its distinct rows. `capacity` sets how many rows a device sends to another in one round, as a multiple
-    of an even share. What does not fit follows in further rounds, so that the result does not depend on it.
+    Under a mesh with several devices the table is split as `rules.table_rows` says and the numbers as batches are; each device asks the
+    owners for its distinct rows. `capacity` sets how many rows a device sends to another in one round, as a multiple of an even share. What
+    does not fit follows in further rounds, so that the result does not depend on it.
 
     Raises:
-      ValueError: the table has not the rows that `num_rows` padded for this mesh come to, the first axis of the numbers does not divide by
-        the devices, or table and batch are split differently.
+      ValueError: the table has not the rows that `num_rows` padded for this mesh come to, the numbers' first two axes, sequences and
+        positions, do not divide by the devices that they are split over, or table and tokens are split differently.
     """
-    axes, shards = table_axes(rules), shard_count(rules)
-    _check(rows, num_rows, shards, table)
+    axes, shards = table_axes(rules), table_shards(rules)
+    where = _check(rows, num_rows, rules, shards, table)
     if axes:
-        return exchange.lookup(table, rows, num_rows, axes, shards, capacity)
+        return exchange.lookup(table, rows, num_rows, where, axes, shards, capacity)
     numbers = valid(rows, num_rows, num_rows)
     return jnp.asarray(table).at[numbers].get(mode="fill", fill_value=jnp.nan), _local_stats(numbers, num_rows)
 
@@ -59,10 +61,10 @@ def collect(
     """
     if values.shape[:-1] != rows.shape:
         raise ValueError(f"values are {list(values.shape)}, but rows are {list(rows.shape)}; values need these axes and one more")
-    axes, shards = table_axes(rules), shard_count(rules)
-    _check(rows, num_rows, shards)
+    axes, shards = table_axes(rules), table_shards(rules)
+    where = _check(rows, num_rows, rules, shards)
     if axes:
-        return exchange.collect(rows, values, num_rows, axes, shards, capacity)
+        return exchange.collect(rows, values, num_rows, where, axes, shards, capacity)
     numbers = valid(rows, num_rows, num_rows).reshape(-1)
     found = distinct(numbers, num_rows)
     sums = sum_equal(found, values.reshape(rows.size, -1), num_rows)
@@ -75,13 +77,17 @@ def _local_stats(numbers: Array, absent: int) -> LookupStats:
     return LookupStats((numbers == absent).sum(dtype=jnp.int32), zero, zero)
 
 
-def _check(rows: Array, num_rows: int, shards: int, table: Array | None = None) -> None:
+def _check(rows: Array, num_rows: int, rules: Rules, shards: int, table: Array | None = None) -> PartitionSpec:
+    """How the numbers are split."""
     if rows.ndim == 0 or rows.size == 0:
         raise ValueError(f"rows are {list(rows.shape)}; there must be at least one number")
     if not jnp.issubdtype(rows.dtype, jnp.integer):
         raise ValueError(f"rows are {rows.dtype}; they must be integers")
-    if rows.shape[0] % shards:
-        raise ValueError(f"rows are {list(rows.shape)}; the first axis must divide by the {shards} devices of the mesh")
+    axes = ("batch", "sequence")[: rows.ndim]
+    for size, axis in zip(rows.shape, axes):
+        if size % (parts := shard_count(rules, axis)):
+            raise ValueError(f"rows are {list(rows.shape)}; the {axis} axis must divide by the {parts} devices that it is split over")
     wanted = padded_rows(num_rows, shards)
     if table is not None and table.shape[0] != wanted:
         raise ValueError(f"the table has {table.shape[0]} rows; {num_rows} rows in {shards} shards need {wanted}")
+    return rules.spec(*axes)

@@ -33,8 +33,8 @@ def check_fits(config: Config, mesh: Mesh) -> None:
     if available is not None and needed > available:
         raise UserError(
             f"{config.name} needs at least {_gib(needed)} for parameters, gradients, optimizer state, batch and residual streams on "
-            f"{where}, which has {_gib(available)}; raise mesh.fsdp to use more devices, or lower model.num_layers, model.dim, "
-            "model.moe.num_experts, data.seq_len or train.batch_size / train.microbatches"
+            f"{where}, which has {_gib(available)}; raise mesh.fsdp or mesh.expert to use more devices, or lower "
+            "model.num_layers, model.dim, model.moe.num_experts, data.seq_len or train.batch_size / train.microbatches"
         )
     on_machine = machine_bytes()
     if on_machine is not None and host_bytes_needed(config) > on_machine:
@@ -47,7 +47,7 @@ def check_fits(config: Config, mesh: Mesh) -> None:
 def bytes_needed(config: Config) -> int:
     """The least that one device must hold: its share of parameters, gradients and moments, of the batch, and one copy of the streams."""
     m = config.model
-    shards = config.mesh.data * config.mesh.fsdp
+    shards = config.mesh.devices
     tokens = config.tokens_per_step // shards
     streams = 1 if m.residual == "residual" else m.connections.streams
     stream_bytes = tokens // config.train.microbatches * streams * m.dim * (2 if m.dtype == "bfloat16" else 4)
@@ -56,7 +56,8 @@ def bytes_needed(config: Config) -> int:
         own = m.engram.tables
         entries = len(m.engram.layers) * own.hot_rows * m.engram.head_dim if own.placement == "host" else count.table
         of_tables = entries * TABLE_BYTES[own.optimizer] // shards
-    return (count.total - count.table) * PARAMETER_BYTES // config.mesh.fsdp + of_tables + tokens * TOKEN_BYTES + stream_bytes
+    split = config.mesh.fsdp * config.mesh.expert * config.mesh.tensor  # at most: vectors and, over `expert`, all but experts are whole
+    return (count.total - count.table) * PARAMETER_BYTES // split + of_tables + tokens * TOKEN_BYTES + stream_bytes
 
 
 def host_bytes_needed(config: Config) -> int:

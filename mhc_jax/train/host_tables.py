@@ -4,6 +4,7 @@ A table in host memory and the order of reading and updating it are `tables.host
 steps: every step's row gradients are applied when the next batch has come, so that its rows are gathered while the step runs.
 """
 
+import dataclasses
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -12,9 +13,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mhc_jax.config import Config, override
+from mhc_jax.config import Config
 from mhc_jax.engram_layout import table_rows
 from mhc_jax.errors import UserError
+from mhc_jax.mesh_config import MeshConfig
 from mhc_jax.parallel.rules import Rules
 from mhc_jax.tables.host import HostTable
 from mhc_jax.tables.host_device import HostBatch, HotRows
@@ -35,7 +37,7 @@ class DeviceTables:
 
     def __init__(self, config: Config, mesh: Mesh, rules: Rules):
         self._config, self._mesh, self._rules = config, mesh, rules
-        self._of_batch = NamedSharding(mesh, rules.spec("batch", None))
+        self._of_batch = NamedSharding(mesh, rules.spec("batch", "sequence"))
 
     def placed(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """This process's share of a batch, on the devices."""
@@ -102,7 +104,7 @@ class HostTables(DeviceTables):
         return rest | {ROWS: batch[ROWS]}
 
     def like(self, state: TrainState) -> TrainState:
-        alone = override(self._config, {"mesh.data": 1, "mesh.fsdp": 1})  # no padding
+        alone = dataclasses.replace(self._config, mesh=MeshConfig())  # no padding
         shapes = jax.eval_shape(lambda: initial_memory(alone))
         return state._replace(memory=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes))
 

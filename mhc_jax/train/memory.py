@@ -59,7 +59,7 @@ def initial_memory(config: Config, rules: Rules = Rules()) -> Memory | None:
     engram = config.model.engram
     if engram is None:
         return None
-    keys, shards, sizes = table_keys(config), config.mesh.data * config.mesh.fsdp, table_rows(engram)
+    keys, shards, sizes = table_keys(config), config.mesh.devices, table_rows(engram)
     tables = tuple(
         initial_table(key, rows, padded_rows(rows, shards), engram.head_dim, engram.tables.init_std) for key, rows in zip(keys, sizes)
     )

@@ -70,7 +70,7 @@ def summary(
         "data": data.describe(tokens),
         "platform": {
             "device": jax.devices()[0].device_kind,
-            "devices": config.mesh.data * config.mesh.fsdp,
+            "devices": config.mesh.devices,
             "jax": jax.__version__,
             "python": platform.python_version(),
             "system": sys.platform,

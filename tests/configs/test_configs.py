@@ -147,7 +147,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "nine streams": ({"model.connections.streams": 9}, ["model.connections.streams is 9", "1 to 8"]),
     "uneven microbatches": ({"train.microbatches": 3}, ["train.microbatches is 3", "train.batch_size = 8"]),
-    "uneven mesh": ({"mesh.data": 3}, ["mesh.data x mesh.fsdp is 3", "train.batch_size / train.microbatches = 8"]),
+    "uneven mesh": ({"mesh.data": 3}, ["mesh.data x mesh.fsdp x mesh.expert is 3", "train.batch_size / train.microbatches = 8"]),
     "uneven width": ({"mesh.fsdp": 32, "train.batch_size": 32}, ["mesh.fsdp is 32", "model.dim = 16"]),
     "a field that does not exist": ({"model.moe.topk": 2}, ["'topk'", "top_k"]),
     "a room that does not exist": ({"modle.dim": 2}, ["'modle.dim'", "model"]),

@@ -129,6 +129,9 @@ FIELDS: dict[str, Rule] = {
     "train.max_rollbacks": whole(0),
     "mesh.data": whole(1),
     "mesh.fsdp": whole(1),
+    "mesh.expert": whole(1),
+    "mesh.context": whole(1),
+    "mesh.tensor": whole(1),
 }
 
 # Instead of `model.engram`, where a config has it.
@@ -180,7 +183,9 @@ def broken_pairs(v: Mapping[str, Any]) -> list[str]:
     """What does not fit together, of values that are right one by one."""
     moe, rope = "model.moe.", "model.attention.rope."
     experts, groups, chosen = v[moe + "num_experts"], v[moe + "num_groups"], v[moe + "top_groups"]
-    batch, parts, shards = v["train.batch_size"], v["train.microbatches"], v["mesh.data"] * v["mesh.fsdp"]
+    batch, parts, shards = v["train.batch_size"], v["train.microbatches"], v["mesh.data"] * v["mesh.fsdp"] * v["mesh.expert"]
+    across, tensor = v["mesh.context"] * v["mesh.tensor"], v["mesh.tensor"]
+    routed = v["model.dense_layers"] < v["model.num_layers"]
     rules = {
         "dense layers": v["model.dense_layers"] <= v["model.num_layers"],
         "dense width": v["model.dense_layers"] == 0 or v["model.dense_dim"] > 0,
@@ -193,6 +198,12 @@ def broken_pairs(v: Mapping[str, Any]) -> list[str]:
         "shards of the batch": batch % parts != 0 or (batch // parts) % shards == 0,
         "shards of the evaluation": v["train.eval_sequences"] % shards == 0,
         "shards of the width": v["model.dim"] % v["mesh.fsdp"] == 0,
+        "shards of sequences": v["data.seq_len"] % across == 0,
+        "shards of heads": v["model.attention.num_heads"] % across == 0,
+        "shards of the vocabulary": v["model.vocab_size"] % tensor == 0,
+        "shards of the dense width": v["model.dense_layers"] == 0 or v["model.dense_dim"] % tensor == 0,
+        "shards of experts": not routed or experts % (v["mesh.expert"] * tensor) == 0,
+        "shards of the shared width": not routed or v[moe + "shared_experts"] * v[moe + "expert_dim"] % tensor == 0,
         "evaluations at checkpoints": v["train.checkpoint_every"] % v["train.eval_every"] == 0,
         "decay points": v["optimizer.decay_points"][0] <= v["optimizer.decay_points"][1],
         "decay factors": v["optimizer.decay_factors"][0] >= v["optimizer.decay_factors"][1],
@@ -211,6 +222,8 @@ def _sparse_pairs(v: Mapping[str, Any]) -> dict[str, bool]:
         "a query latent": v["model.attention.q_rank"] is not None,
         "keys that are products of the latent": not v["model.attention.qk_norm"],
         "rotated dimensions of the indexer": v["model.attention.rope_dim"] <= part["index_dim"],
+        "shards of index heads": part["index_heads"] % v["mesh.tensor"] == 0,
+        "shards of pages": not by_pages or v["data.seq_len"] % (64 * v["mesh.context"]) == 0,
         "keys to choose from": part["top_k"] <= v["data.seq_len"],
         "whole pages": not by_pages or (part["top_k"] % 64 == 0 and part["query_chunk"] % 64 == 0),
         "frozen tables": part["stage"] == "sparse" or v.get("model.engram.tables.placement") != "host",
@@ -219,6 +232,7 @@ def _sparse_pairs(v: Mapping[str, Any]) -> dict[str, bool]:
 
 def _engram_pairs(v: Mapping[str, Any]) -> dict[str, bool]:
     part = {path.rpartition(".")[2]: v[path] for path in ENGRAM}
+    across = v["mesh.context"] * v["mesh.tensor"]
     layers, orders, sizes, base, pad = (part[name] for name in ("layers", "orders", "table_sizes", "layer_base", "pad_id"))
     return {
         "rising layers": all(a < b for a, b in itertools.pairwise(layers)),
@@ -227,6 +241,7 @@ def _engram_pairs(v: Mapping[str, Any]) -> dict[str, bool]:
         "a size for each order": len(sizes) == len(orders),
         "rows": part["heads"] * sum(sizes) < 2**31,
         "padding token": pad is None or pad < v["model.vocab_size"],
+        "halo of the convolution": not part["conv"] or across == 1 or v["data.seq_len"] // across >= 9,
         "dilation of the convolution": not part["conv"] or orders[-1] == 3,
         "hot rows": part["hot_rows"] == 0 or (part["placement"] == "host" and part["hot_rows"] <= part["heads"] * sum(sizes)),
         "optimizer on the host": part["placement"] == "device" or part["optimizer"] != "sinkhorn",

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from mhc_jax.config import MeshConfig
 from mhc_jax.parallel.mesh import make_mesh
 from mhc_jax.parallel.rules import Rules
-from mhc_jax.tables.layout import initial_table, padded_rows, shard_count
+from mhc_jax.tables.layout import initial_table, padded_rows, table_shards
 
 NUM_ROWS, HEAD_DIM = 331, 6  # a prime: no number of shards divides it
 MESHES = [None, (2, 4), (8, 1), (1, 3)]
@@ -32,7 +32,7 @@ def placed(x, *axes):
 
 
 def placed_table(num_rows=NUM_ROWS, head_dim=HEAD_DIM):
-    padded = padded_rows(num_rows, shard_count(Rules()))
+    padded = padded_rows(num_rows, table_shards(Rules()))
     return placed(initial_table(jax.random.key(0), num_rows, padded, head_dim, std=0.1), "table_rows", None)
 
 

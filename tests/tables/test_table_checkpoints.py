@@ -8,7 +8,7 @@ from table_cases import HEAD_DIM, NUM_ROWS, batch, on, placed, placed_table
 
 from mhc_jax.errors import UserError
 from mhc_jax.parallel.rules import Rules
-from mhc_jax.tables.layout import padded_rows, shard_count
+from mhc_jax.tables.layout import padded_rows, table_shards
 from mhc_jax.tables.lookup import collect
 from mhc_jax.tables.optimizers import row_adam
 from mhc_jax.tables.sinkhorn import sinkhorn_momentum
@@ -55,7 +55,7 @@ def test_a_table_goes_from_mesh_to_mesh(tmp_path, make):
                 assert leaf.shape == other.shape
                 assert not leaf.ndim or not np.asarray(leaf)[NUM_ROWS:].any()
                 assert leaf.sharding.is_equivalent_to(other.sharding, leaf.ndim)
-            assert now["table"].shape[0] == padded_rows(NUM_ROWS, shard_count(Rules()))
+            assert now["table"].shape[0] == padded_rows(NUM_ROWS, table_shards(Rules()))
             save(epath.Path(tmp_path / str(step)), now)
 
 

@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="at least one number"):
         lookup(placed_table(), rows[:0], num_rows=NUM_ROWS)
     with on((2, 4)):
-        with pytest.raises(ValueError, match=r"rows are \[12, 5, 3\]; the first axis must divide by the 8 devices"):
+        with pytest.raises(ValueError, match=r"rows are \[12, 5, 3\]; the batch axis must divide by the 8 devices"):
             lookup(placed_table(), rows[:12], num_rows=NUM_ROWS)
-        with pytest.raises(ValueError, match=r"table_rows is split over fsdp, but batch over \('data', 'fsdp'\)"):
+        with pytest.raises(ValueError, match=r"table_rows is split over fsdp, but tokens over \('data', 'fsdp'"):
             lookup(placed_table(), rows, num_rows=NUM_ROWS, rules=Rules(table_rows="fsdp"))

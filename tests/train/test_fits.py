@@ -15,7 +15,7 @@ from mhc_jax.train.loop import train
 
 def test_the_largest_paper_model_is_refused_here_with_both_numbers_and_leaves_no_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(fits, "device_bytes", lambda device: 64 * 2**30)
-    with pytest.raises(UserError, match=r"27b needs at least 5\d\d\.\d GiB .* which has 64\.0 GiB; raise mesh\.fsdp"):
+    with pytest.raises(UserError, match=r"27b needs at least 5\d\d\.\d GiB .* which has 64\.0 GiB; raise mesh\.fsdp or mesh\.expert"):
         train(CONFIGS["27b"](), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -21,9 +21,9 @@ from mhc_jax.config import ModelConfig
 from mhc_jax.nn.module import Spec
 from mhc_jax.nn.norm import inverse_rms, wide
 from mhc_jax.nn.residual.socket import Connection
-from mhc_jax.nn.residual.streams import Pending
+from mhc_jax.nn.residual.streams import Pending, flat
 from mhc_jax.parallel.rules import Rules
-from mhc_jax.parallel.shards import on_token_shards
+from mhc_jax.parallel.shards import STREAMS, TOKENS_LAST, on_shards
 from pallas_kernels.mhc import Mapping, Weights, mhc_post_pre
 
 PRE_FAVOURED = 0.7  # initial share that a sublayer reads from its favoured stream
@@ -77,12 +77,12 @@ class MHC(Connection):
         (x, y, h), mapping = pending, self.mapping
 
         def post_pre(x: Array, y: Array, h: Array, *weights: Array) -> tuple[Array, Array, Array]:
-            return mhc_post_pre(x, y, h, Weights(*weights), mapping)
+            between, u, h_next = mhc_post_pre(flat(x), flat(y), h, Weights(*weights), mapping)
+            return between.reshape(x.shape), u.reshape(y.shape), h_next
 
-        flat = on_token_shards(post_pre, rules, tokens=(0, 0, 1, None, None, None), results=(0, 0, 1))
         weights = Weights(phi=self.phi, alpha=self.alpha, bias=self.bias)
-        between, u, h_next = flat(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), h, *weights)
-        return between.reshape(x.shape), u.reshape(y.shape), h_next
+        given, results = (STREAMS, STREAMS, TOKENS_LAST, *(None,) * len(weights)), (STREAMS, STREAMS, TOKENS_LAST)
+        return on_shards(post_pre, rules, given=given, results=results)(x, y, h, *weights)
 
     def res_logits(self, x: Float[Array, "B S nC"]) -> Float[Array, "n n T"] | None:
         n = self.streams

@@ -15,9 +15,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from mhc_jax.config import ModelConfig
 from mhc_jax.nn.module import Module
-from mhc_jax.nn.residual.streams import Pending, collapse
+from mhc_jax.nn.residual.streams import Pending, collapse, flat
 from mhc_jax.parallel.rules import Rules
-from mhc_jax.parallel.shards import on_token_shards
+from mhc_jax.parallel.shards import STREAMS, TOKENS_LAST, on_shards
 from pallas_kernels.mhc import Mapping, mhc_post
 
 
@@ -47,10 +47,15 @@ class Connection(Module):
 
     def seam(self, pending: Pending, rules: Rules) -> tuple[Float[Array, "B S nC"], Float[Array, "B S C"], Float[Array, "K T"] | None]:
         """Writes what is pending, and returns the streams, the sublayer's input and the coefficients that will write its output."""
-        x = self.written(pending, rules)
-        h = self.coefficients(x)
         assert self.mapping is not None
-        return x, collapse(x, h[: self.mapping.n]), h
+        n = self.mapping.n
+
+        def read(own: "Connection", x: Array) -> tuple[Array, Array]:
+            h = own.coefficients(x)
+            return collapse(x, h[:n]), h
+
+        x = self.written(pending, rules)
+        return x, *on_shards(read, rules, given=(None, STREAMS), results=(STREAMS, TOKENS_LAST))(self, x)
 
     def written(self, pending: Pending, rules: Rules) -> Float[Array, "B S nC"]:
         """Writes what is pending: the streams after the sublayer."""
@@ -59,10 +64,9 @@ class Connection(Module):
         assert mapping is not None
 
         def post(x: Array, y: Array, h: Array) -> Array:
-            return mhc_post(x, y, h, mapping)
+            return mhc_post(flat(x), flat(y), h, mapping).reshape(x.shape)
 
-        flat = on_token_shards(post, rules, tokens=(0, 0, 1))(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), h)
-        return flat.reshape(x.shape)
+        return on_shards(post, rules, given=(STREAMS, STREAMS, TOKENS_LAST), results=STREAMS)(x, y, h)
 
     def groups(self) -> dict[str, tuple[int, ...]]:
         """How axis 0 of each parameter divides into the mappings of LEARNS_FROM_EQUAL_STREAMS."""

@@ -52,6 +52,11 @@ def expand(x: Float[Array, "B S C"], n: int) -> Float[Array, "B S {n}*C"]:
     return jnp.tile(x, (1, 1, n))
 
 
+def flat(x: Float[Array, "B S C"]) -> Float[Array, "T C"]:
+    """Batch and positions as one axis of tokens."""
+    return x.reshape(-1, x.shape[-1])
+
+
 def split(x: Float[Array, "... nC"], n: int) -> list[Float[Array, "... C"]]:
     """The n streams."""
     return jnp.split(x, n, axis=-1)
