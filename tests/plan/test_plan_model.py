@@ -27,7 +27,7 @@ def test_every_listed_slice_has_the_chips_that_its_name_says():
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v5p", "v5p:3x3x3", "v5e:2x2x1"])
 def test_unknown_slice_lists_the_known_ones(name):
-    with pytest.raises(UserError, match="v5[pe]:.*, "):
+    with pytest.raises(UserError, match=r"v5[pe]:.*, "):
         parse(name)
 
 
@@ -166,7 +166,7 @@ def test_the_rest_of_the_slice_goes_to_fsdp():
         with_mesh(given, 32, "a slice")
     with pytest.raises(UserError, match="is 3, which does not divide the 128 devices"):
         with_mesh(override(configs.get("27b"), {"mesh.expert": 3, "train.batch_size": 1281, "train.eval_sequences": 3}), 128, "a slice")
-    with pytest.raises(UserError, match="model.dim|batch_size"):
+    with pytest.raises(UserError, match=r"model\.dim|batch_size"):
         with_mesh(configs.get("27b"), 1024, "a slice")
 
 
