@@ -8,10 +8,12 @@ mhc-jax generate RUN  continues a text with what a run has learnt
 mhc-jax data NAME     tokenises a config's text once
 mhc-jax bench NAME    step time and memory of the variants, side by side
 mhc-jax ngrams        how fast the rows of Engram's tables are computed
+mhc-jax plan NAME     memory, FLOPs, traffic and modelled time of a training step on a TPU slice that is not here
 mhc-jax kernels       what the Pallas kernels cost on chips that are not here, modelled; measured where an accelerator is
 """
 
 import dataclasses
+import json
 import os
 import shlex
 import signal
@@ -118,6 +120,19 @@ class Kernels:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """Compile a config's training step for a TPU slice that is not here: memory, FLOPs, traffic, modelled time and utilisation.
+
+    Needs the TPU compiler (libtpu, in the extra `tpu`) and no TPU. Nothing is measured; see docs/plan.md.
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    topology: str | None = None  # slice, such as v5p:4x4x8, v5e:4x4, v6e:16x16 or tpu7x:4x4x8
+    residual: str | None = None  # residual kinds, with commas between them, a column each; default the config's
+    json: Path | None = None  # write everything to this file, the single operations included
+
+
+@dataclass(frozen=True)
 class Ngrams:
     """Measure how fast the rows of Engram's tables are computed, for its published sizes, on the cores of this machine."""
 
@@ -205,6 +220,7 @@ def _dispatch(args: list[str]) -> int:
         "bench": _bench,
         "ngrams": _ngrams,
         "kernels": _kernels,
+        "plan": _plan,
     }
     if args[0] not in commands:
         raise UserError(f"there is no command {args[0]!r}; the commands are {', '.join(commands)}")
@@ -216,11 +232,13 @@ def _with_config(kind: type[Options], command: str, args: list[str]) -> Options:
     if not args or args[0].startswith("-"):
         raise UserError(f"name a config: mhc-jax {command} NAME, with NAME one of {', '.join(named.CONFIGS)}")
     default = kind(config=named.get(args[0]))  # type: ignore[call-arg]
+    own = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     rest: list[str] = []
     given: set[str] = set()
     for arg in args[1:]:
         flag, equals, value = arg.partition("=")
-        flag = SHORTHANDS.get(flag, flag)
+        if flag.removeprefix("--") not in own:
+            flag = SHORTHANDS.get(flag, flag)
         if flag.startswith("--"):
             name = flag.replace("_", "-")
             if name in given:
@@ -268,14 +286,14 @@ def _run_list(args: list[str]) -> tuple[Any, str | None]:
     return ablation(options.config, kinds=options.variants, seeds=options.seeds), options.out
 
 
-def _check_variants(variants: Sequence[str]) -> None:
+def _check_variants(variants: Sequence[str], flag: str = "--variants") -> None:
     if not variants:
-        raise UserError(f"--variants names no residual kind; choose from {', '.join(RESIDUAL_KINDS)}")
+        raise UserError(f"{flag} names no residual kind; choose from {', '.join(RESIDUAL_KINDS)}")
     for kind in variants:
         if kind not in RESIDUAL_KINDS:
-            raise UserError(f"--variants: there is no residual kind {kind!r}; choose from {', '.join(RESIDUAL_KINDS)}")
+            raise UserError(f"{flag}: there is no residual kind {kind!r}; choose from {', '.join(RESIDUAL_KINDS)}")
         if variants.count(kind) > 1:
-            raise UserError(f"--variants names {kind} twice")
+            raise UserError(f"{flag} names {kind} twice")
 
 
 def _study(args: list[str]) -> None:
@@ -371,6 +389,24 @@ def _kernels(args: list[str]) -> int:
     from mhc_jax.kernels import run_kernels
 
     return run_kernels(options.filters, options.topology, options.json, print)
+
+
+def _plan(args: list[str]) -> None:
+    options = _with_config(Plan, "plan", args)
+    kinds = [options.config.model.residual] if options.residual is None else options.residual.split(",")
+    _check_variants(kinds, "--residual")
+    from mhc_jax.plan.topologies import listing, parse
+
+    if options.topology is None:
+        raise UserError(f"name a slice: mhc-jax plan {args[0]} --topology NAME, with NAME one of\n{listing()}")
+    topology = parse(options.topology)
+    from mhc_jax.plan.plan import plan_tpu
+    from mhc_jax.plan.table import render, to_json
+
+    plans = plan_tpu(options.config, topology, kinds, lambda line: print(line, file=sys.stderr, flush=True))
+    print(render(plans, options.config, topology))
+    if options.json:
+        options.json.write_text(json.dumps(to_json(plans, options.config, topology), indent=1))
 
 
 def _prepare_jax() -> None:
