@@ -27,7 +27,7 @@ def embed(table: Float[Array, "V C"], tokens: Int[Array, "B S"], dtype: jnp.dtyp
         there = (asked >= 0) & (asked < table.shape[0])
         found = table.at[jnp.where(there, asked, table.shape[0])].get(mode="fill", fill_value=0).astype(dtype)
         came = jax.lax.all_to_all(found, axes, split_axis=0, concat_axis=0, tiled=True)
-        # The barrier is for the way back: XLA:CPU (jax 0.10.2 to 0.12) simplifies one operand of its all-to-all and then refuses the program.
+        # The barrier is for the way back: XLA:CPU simplifies one operand of its all-to-all there, and then refuses the program.
         came = jax.lax.optimization_barrier(came)
         parts = came.reshape(shard_count(rules, "embed"), shard_count(rules, "vocab"), *came.shape[1:]).sum(
             axis=1
