@@ -123,12 +123,15 @@ class Kernels:
 class Plan:
     """Compile a config's training step for a TPU slice that is not here: memory, FLOPs, traffic, modelled time and utilisation.
 
-    Needs the TPU compiler (libtpu, in the extra `tpu`) and no TPU. Nothing is measured; see docs/plan.md.
+    Needs the TPU compiler (libtpu, in the extra `tpu`) and no TPU. For GPUs: memory, FLOPs and a roofline. Nothing is measured; see
+    docs/plan.md.
     """
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     topology: str | None = None  # slice, such as v5p:4x4x8, v5e:4x4, v6e:16x16 or tpu7x:4x4x8
     residual: str | None = None  # residual kinds, with commas between them, a column each; default the config's
+    gpu: str | None = None  # instead of a slice: h100 or h200
+    devices: int = 8  # GPUs of one machine
     json: Path | None = None  # write everything to this file, the single operations included
 
 
@@ -397,16 +400,23 @@ def _plan(args: list[str]) -> None:
     _check_variants(kinds, "--residual")
     from mhc_jax.plan.topologies import listing, parse
 
-    if options.topology is None:
-        raise UserError(f"name a slice: mhc-jax plan {args[0]} --topology NAME, with NAME one of\n{listing()}")
-    topology = parse(options.topology)
-    from mhc_jax.plan.plan import plan_tpu
+    if (options.topology is None) == (options.gpu is None):
+        raise UserError(f"name a slice or --gpu: mhc-jax plan {args[0]} --topology NAME, with NAME one of\n{listing()}")
+    topology = parse(options.topology) if options.topology is not None else None
+    from mhc_jax.plan.plan import gpus, plan_gpu, plan_tpu
     from mhc_jax.plan.table import render, to_json
 
-    plans = plan_tpu(options.config, topology, kinds, lambda line: print(line, file=sys.stderr, flush=True))
-    print(render(plans, options.config, topology))
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    if topology is not None:
+        plans, machine = plan_tpu(options.config, topology, kinds, say), topology.machine
+    else:
+        assert options.gpu is not None
+        plans, machine = plan_gpu(options.config, options.gpu, options.devices, kinds, say), gpus(options.gpu, options.devices)
+    print(render(plans, options.config, machine))
     if options.json:
-        options.json.write_text(json.dumps(to_json(plans, options.config, topology), indent=1))
+        options.json.write_text(json.dumps(to_json(plans, options.config, machine), indent=1))
 
 
 def _prepare_jax() -> None:

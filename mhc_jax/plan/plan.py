@@ -1,23 +1,29 @@
-"""The command `mhc-jax plan`: a training step compiled for a slice that is not here, and what it needs, moves and takes, as figures.
+"""The command `mhc-jax plan`: a training step compiled for a machine that is not here, and what it needs, moves and takes, as figures.
 
 `Plan` holds the figures of one residual kind; the table is made of them in `plan.table`. No figure here is measured.
 """
 
+import importlib.util
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+
+import jax
 
 from mhc_jax.config import Config, override
 from mhc_jax.errors import UserError
 from mhc_jax.nn.count import ParameterCount, count_parameters
 from mhc_jax.plan.collectives import KINDS
 from mhc_jax.plan.compile import Memory, Program, compile_step
+from mhc_jax.plan.cost import ACCELERATORS
 from mhc_jax.plan.flops import training_flops
 from mhc_jax.plan.model import StepTime, model_step
-from mhc_jax.plan.topologies import Topology, slices_of
+from mhc_jax.plan.topologies import Machine, Topology, slices_of
+from mhc_jax.plan.traffic import stream_traffic
 from mhc_jax.train.memory import on_host
 from pallas_kernels.static_cost import check_libtpu, parse_module
+from pallas_kernels.static_cost.compile import GPUS
 
 Say = Callable[[str], None]
 
@@ -141,6 +147,59 @@ def _plan(config: Config, topology: Topology, say: Say, keep: Path | None) -> Pl
     tokens = config.tokens_per_step / topology.devices
     mfu = products.formula * tokens / (step.seconds * topology.kind.chip.flops_per_second)
     return replace(empty, products=products, step=step, step_seconds=step.seconds, mfu=mfu)
+
+
+def plan_gpu(config: Config, name: str, devices: int, kinds: Sequence[str], say: Say) -> list[Plan]:
+    """The same for GPUs of one machine: memory from the compiler, FLOPs from the formula, time from a roofline and nothing else.
+
+    The roofline is the larger of the formula's FLOPs at the bfloat16 peak, and of the fewest bytes: parameters and optimizer read and
+    written once, residual streams as one fused pass a sublayer moves them, over the memory's bandwidth. What devices exchange is not in it.
+
+    Raises:
+      UserError: the GPU is not known, the CUDA plugin is missing, or the mesh does not fit.
+      RuntimeError: the compiler failed.
+    """
+    check(config)
+    if name.upper() not in GPUS or name.upper() not in ACCELERATORS:
+        raise UserError(f"there is no GPU {name!r}; the known ones are {', '.join(own for own in GPUS if own in ACCELERATORS)}")
+    if not 1 <= devices <= 8:
+        raise UserError(f"--devices is {devices}; plans are for one machine, which has 1 to 8")
+    if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        raise UserError(
+            f"planning for a GPU needs JAX's CUDA plugin, and no GPU: "
+            f"pip install jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}"
+        )
+    chip, where = ACCELERATORS[name.upper()], f"{devices} {name.upper()}"
+    plans = []
+    for kind in kinds:
+        own = with_mesh(override(config, {"model.residual": kind}), devices, where)
+        program = compile_step(own, name.upper(), say)
+        tokens = own.tokens_per_step / devices
+        flops = training_flops(own, own.data.seq_len).total
+        streams = 1 if kind == "residual" else own.model.connections.streams
+        # Backward moves half as much again as forward (`pallas_kernels.mhc.cases`).
+        moved = 2.5 * stream_traffic(streams)["plain" if kind == "residual" else "seam"] * own.model.dim * 2 * own.model.num_layers * 2
+        seconds = max(flops * tokens / chip.flops_per_second, (2 * program.memory.arguments + moved * tokens) / chip.hbm_bytes_per_second)
+        plans.append(
+            Plan(
+                residual=kind,
+                parameters=count_parameters(own.model),
+                memory=program.memory,
+                limit=int(chip.hbm_bytes),
+                compile_seconds=program.seconds,
+                products=Products(flops, program.flops / tokens if program.flops else 0.0, 0.0, 0.0),
+                step=None,
+                step_seconds=seconds,
+                mfu=flops * tokens / (seconds * chip.flops_per_second),
+                smallest=None,
+            )
+        )
+    return plans
+
+
+def gpus(name: str, devices: int) -> Machine:
+    """So many GPUs of a known name."""
+    return Machine(f"{devices} {name.upper()}", f"NVIDIA {name.upper()}", devices, devices, int(ACCELERATORS[name.upper()].hbm_bytes))
 
 
 def count_products(config: Config, program: Program, step: StepTime, devices: int) -> Products:

@@ -8,7 +8,7 @@ from mhc_jax.config import Config
 from mhc_jax.plan.collectives import KINDS
 from mhc_jax.plan.parts import COLLECTIVES, OTHER, PARTS
 from mhc_jax.plan.plan import Plan
-from mhc_jax.plan.topologies import Topology
+from mhc_jax.plan.topologies import Machine
 
 GIB, GB = 2**30, 1e9
 LABEL = 46  # characters
@@ -16,11 +16,11 @@ COLUMN = 22
 SHARES = (*PARTS.values(), OTHER, COLLECTIVES)
 
 
-def render(plans: Sequence[Plan], config: Config, topology: Topology) -> str:
+def render(plans: Sequence[Plan], config: Config, machine: Machine) -> str:
     """A column a residual kind."""
-    kind, per_chip = topology.kind, topology.kind.devices_per_chip
+    per_chip = machine.devices // machine.chips
     lines = [
-        f"{config.name} on {topology.name}: {topology.chips} chips of {kind.title}, {topology.devices} devices; "
+        f"{config.name} on {machine.name}: {machine.chips} chips of {machine.title}, {machine.devices} devices; "
         f"{config.train.batch_size} x {config.data.seq_len} tokens a step. Modelled, nothing measured (docs/plan.md).",
         "",
         _line("", [plan.residual for plan in plans]),
@@ -43,40 +43,42 @@ def render(plans: Sequence[Plan], config: Config, topology: Topology) -> str:
     row("  together", lambda p: _gib(p.memory.peak))
     if per_chip > 1:
         row("  together, of a chip", lambda p: _gib(p.memory.peak * per_chip))
-    row(f"  fits {_gib(topology.hbm_bytes_per_device)}", lambda p: "yes" if p.fits else "NO")
+    row(f"  fits {_gib(machine.hbm_bytes_per_device)}", lambda p: "yes" if p.fits else "NO")
     row("  smallest slice that would do (estimate)", lambda p: p.smallest or "none listed")
 
     lines += ["", "GFLOPs of a token"]
     row("  hand formula, forward and backward", lambda p: p.products and _giga(p.products.formula))
-    row("  XLA's count: loops once, no Pallas kernels", lambda p: p.products and _giga(p.products.xla))
-    row("  products outside kernels, loops multiplied", lambda p: p.products and _giga(p.products.products))
-    row("    of these recomputed", lambda p: p.products and _giga(p.products.recomputed))
+    row("  XLA's count: loops once, no Pallas kernels", lambda p: p.products and p.products.xla and _giga(p.products.xla))
+    row("  products, loops multiplied, but attention's", lambda p: p.step and p.products and _giga(p.products.products))
+    row("    of these recomputed", lambda p: p.step and p.products and _giga(p.products.recomputed))
 
-    lines += ["", "a step of a device"]
+    if any(plan.step for plan in plans):
+        lines += ["", "a step of a device"]
     row("  HBM", lambda p: p.step and f"{sum(o.hbm_bytes for o in p.step.operations) / GB:,.1f} GB")
     for name in KINDS:
         if any(name in plan.collectives for plan in plans):
             row(f"  {name}", lambda p, name=name: _traffic(p, name))  # type: ignore[misc]
-    lines += ["", "modelled time"]
+    roofline = not any(plan.step for plan in plans)
+    lines += ["", "roofline: what a step takes at least" if roofline else "modelled time"]
     row("  step", lambda p: p.step_seconds and f"{p.step_seconds * 1e3:,.1f} ms")
     for name in SHARES:
         if any(plan.step and plan.step.by_part().get(name) for plan in plans):
             row(f"    {name}" + (", what is not hidden" if name == COLLECTIVES else ""), lambda p, name=name: _share(p, name))  # type: ignore[misc]
-    row("  tokens a second and chip", lambda p: p.step_seconds and f"{config.tokens_per_step / p.step_seconds / topology.chips:,.0f}")
-    row("  model FLOPs utilisation", lambda p: p.mfu and f"{p.mfu:.1%}")
+    row("  tokens a second and chip", lambda p: p.step_seconds and f"{config.tokens_per_step / p.step_seconds / machine.chips:,.0f}")
+    row("  model FLOPs utilisation" + (", at most" if roofline else ""), lambda p: p.mfu and f"{p.mfu:.1%}")
     row("  overhead over the plain residual", lambda p: _overhead(p, plans))
     row("compiled in", lambda p: f"{p.compile_seconds:.0f} s")
     notes = {note for plan in plans if plan.step for note in plan.step.notes}
     return "\n".join([*lines, *(f"note: {note}" for note in sorted(notes))])
 
 
-def to_json(plans: Sequence[Plan], config: Config, topology: Topology) -> dict[str, Any]:
+def to_json(plans: Sequence[Plan], config: Config, machine: Machine) -> dict[str, Any]:
     """Everything, the single operations included."""
     return {
         "config": config.name,
-        "topology": topology.name,
-        "chips": topology.chips,
-        "devices": topology.devices,
+        "machine": machine.name,
+        "chips": machine.chips,
+        "devices": machine.devices,
         "tokens_per_step": config.tokens_per_step,
         "plans": [
             {

@@ -52,6 +52,17 @@ KINDS = {
 
 
 @dataclass(frozen=True)
+class Machine:
+    """What a table of plans says of the hardware."""
+
+    name: str
+    title: str  # of its chips
+    chips: int
+    devices: int
+    hbm_bytes_per_device: int
+
+
+@dataclass(frozen=True)
 class Topology:
     """One slice."""
 
@@ -78,6 +89,10 @@ class Topology:
     @property
     def hbm_bytes_per_device(self) -> int:
         return self.kind.hbm_bytes // self.kind.devices_per_chip
+
+    @property
+    def machine(self) -> Machine:
+        return Machine(self.name, self.kind.title, self.chips, self.devices, self.hbm_bytes_per_device)
 
     def closes(self, axis: int) -> bool:
         """Whether the chips along an axis form a ring."""

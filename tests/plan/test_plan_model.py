@@ -175,6 +175,9 @@ def test_the_rest_of_the_slice_goes_to_fsdp():
     [
         (["plan"], "name a config"),
         (["plan", "27b"], "name a slice"),
+        (["plan", "27b", "--topology", "v5e:2x2", "--gpu", "h200"], "name a slice or --gpu"),
+        (["plan", "27b", "--gpu", "z80"], "no GPU 'z80'"),
+        (["plan", "27b", "--gpu", "h200", "--devices", "9"], "--devices is 9"),
         (["plan", "27b", "--topology", "v4:2x2"], "no topology 'v4:2x2'"),
         (["plan", "27b", "--topology", "v5e:2x2", "--residual", "mhc,moon"], "no residual kind 'moon'"),
         (["plan", "27b", "--topology", "v5e:2x2", "--residual", "mhc,mhc"], "names mhc twice"),
