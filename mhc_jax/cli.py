@@ -8,6 +8,7 @@ mhc-jax generate RUN  continues a text with what a run has learnt
 mhc-jax data NAME     tokenises a config's text once
 mhc-jax bench NAME    step time and memory of the variants, side by side
 mhc-jax ngrams        how fast the rows of Engram's tables are computed
+mhc-jax recall [RUN]  what cheaper choices of keys lose against the exact one, for random indexers and for that of a run
 mhc-jax plan NAME     memory, FLOPs, traffic and modelled time of a training step on a TPU slice that is not here
 mhc-jax kernels       what the Pallas kernels cost on chips that are not here, modelled; measured where an accelerator is
 """
@@ -71,6 +72,13 @@ class StudyOptions:
     """Answer a named question and write a report; the same command again goes on from what is there."""
 
     out: str | None = None  # folder of the report, here or in an object store; default runs/NAME
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Print what choices of keys in pages, or in bins, lose against the exact choice."""
+
+    run: tyro.conf.Positional[str | None] = None  # folder of a run with sparse attention; default random numbers alone
 
 
 @dataclass(frozen=True)
@@ -222,6 +230,7 @@ def _dispatch(args: list[str]) -> int:
         "data": _data,
         "bench": _bench,
         "ngrams": _ngrams,
+        "recall": _recall,
         "kernels": _kernels,
         "plan": _plan,
     }
@@ -309,6 +318,16 @@ def _study(args: list[str]) -> None:
     options = tyro.cli(StudyOptions, prog=f"mhc-jax study {name}", args=args[1:])
     _prepare_jax()
     STUDIES[name](to_path(options.out) if options.out else Path("runs") / name, shlex.join(["mhc-jax", "study", *args]), print)
+
+
+def _recall(args: list[str]) -> None:
+    options = tyro.cli(Recall, prog="mhc-jax recall", args=args)
+    _prepare_jax()
+    from mhc_jax.experiments import selection_recall as study
+    from mhc_jax.experiments.run_attention import recalls_of_run
+
+    rows = list(recalls_of_run(to_path(options.run))) if options.run else study.random_recalls()
+    print(*study.table(rows), sep="\n")
 
 
 def _report(args: list[str]) -> None:

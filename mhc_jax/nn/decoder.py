@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mhc_jax.config import ModelConfig
+from mhc_jax.nn.embedding import embed
 from mhc_jax.nn.engram import Engram, reach_of
 from mhc_jax.nn.ffn import SwiGLU
 from mhc_jax.nn.loss import next_token_loss
@@ -33,7 +34,7 @@ from mhc_jax.nn.residual.mhc import MHC, IdentityHC, pre_bias, projected
 from mhc_jax.nn.residual.socket import Connection, PlainResidual
 from mhc_jax.nn.residual.streams import Pending, collapse, expand, split, unpack, unwritten
 from mhc_jax.parallel.rules import Rules
-from mhc_jax.parallel.shards import STREAMS, constrained, first_sequence, shard_count
+from mhc_jax.parallel.shards import STREAMS, constrained, first_sequence
 
 CONNECTIONS: dict[str, type[Connection]] = {
     "residual": PlainResidual,
@@ -193,7 +194,7 @@ def embedded(model: Decoder, tokens: Int[Array, "B S"], rules: Rules = Rules()) 
     wide_type = wide_dtype(model.embedding)
     compute = jnp.dtype(model.config.dtype) if wide_type == jnp.float32 else wide_type
     with jax.named_scope("embedding"):
-        return constrained(expand(model.embedding.astype(compute)[tokens], model.streams), rules, *STREAMS)
+        return expand(embed(model.embedding, tokens, compute, rules), model.streams)
 
 
 def sublayer(
@@ -350,10 +351,8 @@ def batch_loss(
     """Summed cross-entropy (nats) of a batch, the number of its targets, and what the layers report."""
     where = (batch["tokens"], batch["positions"], batch["segment_ids"])
     hidden, aux = hidden_states(model, *where, router_bias, memory=memory, rules=rules, trace=trace)
-    hidden = constrained(hidden, rules, "batch", "positions", None)
-    parts = shard_count(rules, "positions")
     with jax.named_scope("loss"):
-        total, count = next_token_loss(hidden, model.unembed, batch["targets"], model.config.loss_chunk, parts)
+        total, count = next_token_loss(hidden, model.unembed, batch["targets"], model.config.loss_chunk, rules)
     return total, count, aux
 
 

@@ -82,7 +82,7 @@ def state_shardings(config: Config, mesh: Mesh, rules: Rules) -> Any:
     """A `TrainState` with the sharding of each array: the optimizer's moments with their parameters, everything small on every device."""
     shape = jax.eval_shape(lambda: initial_state(config))
     whole = NamedSharding(mesh, PartitionSpec())
-    of_model = shardings(mesh, rules, specs(shape.model))
+    of_model = shardings(mesh, rules, specs(shape.model), shape.model)
     by_path = dict(jax.tree_util.tree_leaves_with_path(of_model))
 
     def like_parameters(part: Any) -> Any:
