@@ -107,5 +107,5 @@ class MoE(Module):
         routing = route(x, self.router, bias, self.config)
         y = routed(x, routing.experts, routing.weights, self.inner, self.out, rules)
         if self.shared is not None:
-            y = y + constrained(self.shared(constrained(x, rules, "batch", "positions", None)), rules, *STREAMS)
+            y = y + constrained(self.shared(constrained(x, rules, "batch", "positions", None), rules), rules, *STREAMS)
         return y, expert_load(routing.experts, self.config.num_experts), balance_loss(routing, x.shape[0], self.config)
