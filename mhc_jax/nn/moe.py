@@ -104,9 +104,13 @@ class MoE(Module):
     ) -> tuple[Float[Array, "B S C"], Int[Array, "E"], Float[Array, ""]]:
         """Layer output, tokens per expert over the whole batch, and the balance loss."""
         x = constrained(x, rules, *STREAMS)
+
+        def choose(x: Array, router: Array, bias: Array) -> tuple[Array, ...]:
+            return tuple(route(x, router, bias, self.config))
+
         # Per shard, because the partitioner would gather the affinities of the whole batch to find each token's best.
-        choose = on_shards(lambda *args: tuple(route(*args, self.config)), rules, given=(STREAMS, None, None), results=(STREAMS,) * 3)
-        routing = Routing(*choose(x, self.router, bias))
+        chosen = on_shards(choose, rules, given=(STREAMS, None, None), results=(STREAMS,) * 3)(x, self.router, bias)
+        routing = Routing(*chosen)
         y = routed(x, routing.experts, routing.weights, self.inner, self.out, rules)
         if self.shared is not None:
             y = y + constrained(self.shared(constrained(x, rules, "batch", "positions", None), rules), rules, *STREAMS)
