@@ -15,6 +15,8 @@ import pytest
 from small import BASE
 
 from mhc_jax.config import Config, override
+from mhc_jax.errors import UserError
+from mhc_jax.train.folder import check_same_config
 from mhc_jax.train.loop import train
 from mhc_jax.train.metrics import read_lines
 
@@ -104,6 +106,12 @@ def largest_difference(ours: Path, theirs: Path) -> float:
     losses = [[(line["kind"], line["step"], line["loss"]) for line in curve(folder)] for folder in (ours, theirs)]
     assert [line[:2] for line in losses[0]] == [line[:2] for line in losses[1]]
     return float(np.abs(np.subtract(*([line[2] for line in of_run] for of_run in losses))).max())
+
+
+def test_a_mesh_is_no_part_of_what_a_run_is():
+    check_same_config(config_of("text"), config_of("text", data=2, fsdp=2), "the folder")
+    with pytest.raises(UserError, match=r"train\.steps"):
+        check_same_config(config_of("text"), override(config_of("text", fsdp=2), {"train.steps": 41}), "the folder")
 
 
 @pytest.fixture(scope="module")
