@@ -16,6 +16,7 @@
     report        puts the report together
     step_cost     step time and memory of the variants, side by side
     decode_speed  a token after a long context, dense and sparse attention side by side
+    selection_recall  what cheaper choices of keys lose; run_attention: what the layers of a run choose from
     studies       questions that no list of runs fits: `mhc-jax study NAME`; study writes their reports
     sparse_attention_cost  what sparse attention costs over position; attention_modelled asks the TPU compiler,
                   published_costs is DeepSeek's own curve

@@ -8,10 +8,13 @@ mhc-jax generate RUN  continues a text with what a run has learnt
 mhc-jax data NAME     tokenises a config's text once
 mhc-jax bench NAME    step time and memory of the variants, side by side
 mhc-jax ngrams        how fast the rows of Engram's tables are computed
+mhc-jax recall [RUN]  what cheaper choices of keys lose against the exact one, for random indexers and for that of a run
+mhc-jax plan NAME     memory, FLOPs, traffic and modelled time of a training step on a TPU slice that is not here
 mhc-jax kernels       what the Pallas kernels cost on chips that are not here, modelled; measured where an accelerator is
 """
 
 import dataclasses
+import json
 import os
 import shlex
 import signal
@@ -72,6 +75,13 @@ class StudyOptions:
 
 
 @dataclass(frozen=True)
+class Recall:
+    """Print what choices of keys in pages, or in bins, lose against the exact choice."""
+
+    run: tyro.conf.Positional[str | None] = None  # folder of a run with sparse attention; default random numbers alone
+
+
+@dataclass(frozen=True)
 class Generate:
     """Continue texts with a trained run. Speeds are written to standard error."""
 
@@ -114,6 +124,22 @@ class Kernels:
     topology: tuple[
         str, ...
     ] = ()  # TPUs to model, such as v5e:2x2 v5p:2x2x1 v6e:2x2 tpu7x:2x2x1; default the accelerator here, else v6e:2x2
+    json: Path | None = None  # write everything to this file, the single operations included
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Compile a config's training step for a TPU slice that is not here: memory, FLOPs, traffic, modelled time and utilisation.
+
+    Needs the TPU compiler (libtpu, in the extra `tpu`) and no TPU. For GPUs: memory, FLOPs and a roofline. Nothing is measured; see
+    docs/plan.md.
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    topology: str | None = None  # slice, such as v5p:4x4x8, v5e:4x4, v6e:16x16 or tpu7x:4x4x8
+    residual: str | None = None  # residual kinds, with commas between them, a column each; default the config's
+    gpu: str | None = None  # instead of a slice: h100 or h200
+    devices: int = 8  # GPUs of one machine
     json: Path | None = None  # write everything to this file, the single operations included
 
 
@@ -204,7 +230,9 @@ def _dispatch(args: list[str]) -> int:
         "data": _data,
         "bench": _bench,
         "ngrams": _ngrams,
+        "recall": _recall,
         "kernels": _kernels,
+        "plan": _plan,
     }
     if args[0] not in commands:
         raise UserError(f"there is no command {args[0]!r}; the commands are {', '.join(commands)}")
@@ -216,11 +244,13 @@ def _with_config(kind: type[Options], command: str, args: list[str]) -> Options:
     if not args or args[0].startswith("-"):
         raise UserError(f"name a config: mhc-jax {command} NAME, with NAME one of {', '.join(named.CONFIGS)}")
     default = kind(config=named.get(args[0]))  # type: ignore[call-arg]
+    own = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     rest: list[str] = []
     given: set[str] = set()
     for arg in args[1:]:
         flag, equals, value = arg.partition("=")
-        flag = SHORTHANDS.get(flag, flag)
+        if flag.removeprefix("--") not in own:
+            flag = SHORTHANDS.get(flag, flag)
         if flag.startswith("--"):
             name = flag.replace("_", "-")
             if name in given:
@@ -278,14 +308,14 @@ def _run_list(args: list[str]) -> tuple[Any, str | None]:
     return ablation(options.config, kinds=options.variants, seeds=options.seeds), options.out
 
 
-def _check_variants(variants: Sequence[str]) -> None:
+def _check_variants(variants: Sequence[str], flag: str = "--variants") -> None:
     if not variants:
-        raise UserError(f"--variants names no residual kind; choose from {', '.join(RESIDUAL_KINDS)}")
+        raise UserError(f"{flag} names no residual kind; choose from {', '.join(RESIDUAL_KINDS)}")
     for kind in variants:
         if kind not in RESIDUAL_KINDS:
-            raise UserError(f"--variants: there is no residual kind {kind!r}; choose from {', '.join(RESIDUAL_KINDS)}")
+            raise UserError(f"{flag}: there is no residual kind {kind!r}; choose from {', '.join(RESIDUAL_KINDS)}")
         if variants.count(kind) > 1:
-            raise UserError(f"--variants names {kind} twice")
+            raise UserError(f"{flag} names {kind} twice")
 
 
 def _study(args: list[str]) -> None:
@@ -298,6 +328,16 @@ def _study(args: list[str]) -> None:
     options = tyro.cli(StudyOptions, prog=f"mhc-jax study {name}", args=args[1:])
     _prepare_jax()
     STUDIES[name](to_path(options.out) if options.out else Path("runs") / name, shlex.join(["mhc-jax", "study", *args]), print)
+
+
+def _recall(args: list[str]) -> None:
+    options = tyro.cli(Recall, prog="mhc-jax recall", args=args)
+    _prepare_jax()
+    from mhc_jax.experiments import selection_recall as study
+    from mhc_jax.experiments.run_attention import recalls_of_run
+
+    rows = list(recalls_of_run(to_path(options.run))) if options.run else study.random_recalls()
+    print(*study.table(rows), sep="\n")
 
 
 def _report(args: list[str]) -> None:
@@ -381,6 +421,31 @@ def _kernels(args: list[str]) -> int:
     from mhc_jax.kernels import run_kernels
 
     return run_kernels(options.filters, options.topology, options.json, print)
+
+
+def _plan(args: list[str]) -> None:
+    options = _with_config(Plan, "plan", args)
+    kinds = [options.config.model.residual] if options.residual is None else options.residual.split(",")
+    _check_variants(kinds, "--residual")
+    from mhc_jax.plan.topologies import listing, parse
+
+    if (options.topology is None) == (options.gpu is None):
+        raise UserError(f"name a slice or --gpu: mhc-jax plan {args[0]} --topology NAME, with NAME one of\n{listing()}")
+    topology = parse(options.topology) if options.topology is not None else None
+    from mhc_jax.plan.plan import gpus, plan_gpu, plan_tpu
+    from mhc_jax.plan.table import render, to_json
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    if topology is not None:
+        plans, machine = plan_tpu(options.config, topology, kinds, say), topology.machine
+    else:
+        assert options.gpu is not None
+        plans, machine = plan_gpu(options.config, options.gpu, options.devices, kinds, say), gpus(options.gpu, options.devices)
+    print(render(plans, options.config, machine))
+    if options.json:
+        options.json.write_text(json.dumps(to_json(plans, options.config, machine), indent=1))
 
 
 def _prepare_jax() -> None:

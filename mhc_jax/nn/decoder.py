@@ -6,7 +6,8 @@ Before the layers that have a memory, what they read from it is added to all str
 
 A seam writes the output of the sublayer before and reads the input of the next, so what runs from layer to layer is a `Pending`. Layers of
 one kind are stacked along axis 0 and run under `jax.lax.scan`, in pieces between layers with a memory. A sublayer never knows how many
-streams there are; a connection never knows what the sublayer is.
+streams there are; a connection never knows what the sublayer is. The scopes' names say which part a compiled operation belongs to
+(`mhc_jax.plan.parts`).
 """
 
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mhc_jax.config import ModelConfig
+from mhc_jax.nn.embedding import embed
 from mhc_jax.nn.engram import Engram, reach_of
 from mhc_jax.nn.ffn import SwiGLU
 from mhc_jax.nn.loss import next_token_loss
@@ -32,7 +34,7 @@ from mhc_jax.nn.residual.mhc import MHC, IdentityHC, pre_bias, projected
 from mhc_jax.nn.residual.socket import Connection, PlainResidual
 from mhc_jax.nn.residual.streams import Pending, collapse, expand, split, unpack, unwritten
 from mhc_jax.parallel.rules import Rules
-from mhc_jax.parallel.shards import STREAMS, constrained, first_sequence, shard_count
+from mhc_jax.parallel.shards import STREAMS, constrained, first_sequence
 
 CONNECTIONS: dict[str, type[Connection]] = {
     "residual": PlainResidual,
@@ -191,14 +193,16 @@ def embedded(model: Decoder, tokens: Int[Array, "B S"], rules: Rules = Rules()) 
     """The streams before the first layer, all equal, in the compute type."""
     wide_type = wide_dtype(model.embedding)
     compute = jnp.dtype(model.config.dtype) if wide_type == jnp.float32 else wide_type
-    return constrained(expand(model.embedding.astype(compute)[tokens], model.streams), rules, *STREAMS)
+    with jax.named_scope("embedding"):
+        return expand(embed(model.embedding, tokens, compute, rules), model.streams)
 
 
 def sublayer(
     pending: Pending, connection: Connection, f: Callable[..., Any], own: tuple[Any, ...], rules: Rules = Rules()
 ) -> tuple[Pending, Any]:
     """One sublayer behind its connection: `f(u, *own)` gives its output, which stays pending, and whatever else it tells."""
-    x, u, h = connection.seam(pending, rules)
+    with jax.named_scope("connections"):
+        x, u, h = connection.seam(pending, rules)
     y, told = f(u, *own)
     return Pending(x, constrained(y, rules, *STREAMS), h), told
 
@@ -229,7 +233,8 @@ def collapsed(model: Decoder, x: Float[Array, "B S nC"]) -> Float[Array, "B S C"
             weights = model.head(x)
         else:
             weights = jnp.full((n, tokens_count), 1.0 / n if config.connections.collapse == "mean" else 1.0)
-        x = collapse(x, weights)
+        with jax.named_scope("connections"):
+            x = collapse(x, weights)
     return rms_norm(x, model.final_norm, config.norm_eps)
 
 
@@ -266,10 +271,12 @@ def hidden_states(
     run = kept if config.remat == "streams" else lambda f: f
 
     def attention(u, attention, norm, positions, segment_ids):
-        return attention(rms_norm(u, norm, config.norm_eps), positions, segment_ids, rules)
+        with jax.named_scope("attention"):
+            return attention(rms_norm(u, norm, config.norm_eps), positions, segment_ids, rules)
 
     def ffn(u, ffn, norm, bias):
-        return feed_forward(u, ffn, norm, bias, config, rules)
+        with jax.named_scope("experts" if isinstance(ffn, MoE) else "feed_forward"):
+            return feed_forward(u, ffn, norm, bias, config, rules)
 
     def layer_step(pending, layer_and_bias):
         layer, bias = layer_and_bias
@@ -287,8 +294,10 @@ def hidden_states(
         assert config.engram is not None
         reach = reach_of(segment_ids, config.engram.cross_documents)
         own = jax.tree.map(lambda a: a[index], model.engram)
-        x = connection.written(pending, rules)
-        x, gates = recomputed(lambda engram, x, read: engram(x, read, reach, rules), config.remat)(own, x, memory[index])
+        with jax.named_scope("connections"):
+            x = connection.written(pending, rules)
+        with jax.named_scope("engram"):
+            x, gates = recomputed(lambda engram, x, read: engram(x, read, reach, rules), config.remat)(own, x, memory[index])
         return unwritten(x, connection.mapping), first_sequence(gates, len(x), rules)
 
     reports, gates = [], []
@@ -307,7 +316,8 @@ def hidden_states(
             reports.append(report)
     layers = jax.tree.map(lambda *parts: jnp.concatenate(parts), *reports)
 
-    x = connection.written(pending, rules)
+    with jax.named_scope("connections"):
+        x = connection.written(pending, rules)
     rms, cosine = _stream_statistics(x, n)
     aux = Aux(
         max_attention_logit=layers.max_attention_logit,
@@ -341,9 +351,8 @@ def batch_loss(
     """Summed cross-entropy (nats) of a batch, the number of its targets, and what the layers report."""
     where = (batch["tokens"], batch["positions"], batch["segment_ids"])
     hidden, aux = hidden_states(model, *where, router_bias, memory=memory, rules=rules, trace=trace)
-    hidden = constrained(hidden, rules, "batch", "positions", None)
-    parts = shard_count(rules, "positions")
-    total, count = next_token_loss(hidden, model.unembed, batch["targets"], model.config.loss_chunk, parts)
+    with jax.named_scope("loss"):
+        total, count = next_token_loss(hidden, model.unembed, batch["targets"], model.config.loss_chunk, rules)
     return total, count, aux
 
 

@@ -2,7 +2,7 @@
 
 Two layouts of the sorted rows share everything but the product itself:
 
-    ragged   rows lie back to back, `jax.lax.ragged_dot` multiplies them (TPU, GPU)
+    ragged   rows lie back to back, `pallas_kernels.grouped` multiplies them (TPU, GPU)
     blocked  every expert's rows are padded to whole blocks, a batched product multiplies the blocks (CPU, where XLA's ragged_dot would
              compute every expert for every token)
 
@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mhc_jax.nn.ffn import gated
+from pallas_kernels.grouped import grouped_matmul
 
 BLOCK = 128  # rows; half a block is lost to padding per expert, and smaller blocks make slower products
 FEW = 16  # visits
@@ -80,10 +81,10 @@ def ragged(experts: Int[Array, "T k"], num_experts: int):
     order = jnp.argsort(flat, stable=True)
     visit_of_row = jnp.where(flat[order] < num_experts, order, flat.size)
     row_of_visit = jnp.where(flat < num_experts, jnp.argsort(order), flat.size)
-    rows_of_expert = jnp.bincount(flat, length=num_experts)
+    rows_of_expert = jnp.bincount(flat, length=num_experts).astype(jnp.int32)
 
     def multiply(x: Float[Array, "R I"], w: Float[Array, "E I O"]) -> Float[Array, "R O"]:
-        return jax.lax.ragged_dot(x, w, rows_of_expert)
+        return grouped_matmul(x, w, rows_of_expert)
 
     return Rows(visit_of_row, row_of_visit.reshape(experts.shape)), multiply
 

@@ -29,7 +29,7 @@ class Indexer(Module):
     weight: Float[Array, "C J"]
 
     SPECS: ClassVar = {
-        "query": Spec((None, "heads", None), decay=True),
+        "query": Spec(("rank", "heads", None), decay=True),
         "key": Spec(("embed", None), decay=True),
         "key_norm": Spec((None,)),
         "key_norm_bias": Spec((None,)),

@@ -64,10 +64,10 @@ class MLA(Module):
         "query": Spec(("embed", "heads", None), decay=True),
         "query_down": Spec(("embed", None), decay=True),
         "query_norm": Spec((None,)),
-        "query_up": Spec((None, "heads", None), decay=True),
+        "query_up": Spec(("rank", "heads", None), decay=True),
         "latent": Spec(("embed", None), decay=True),
         "latent_norm": Spec((None,)),
-        "expand": Spec((None, "heads", None), decay=True),
+        "expand": Spec(("rank", "heads", None), decay=True),
         "out": Spec(("heads", None, "embed"), decay=True),
         "qk_scales": Spec((None, None)),
     }

@@ -44,11 +44,14 @@ def rotate(
 
     Pair i is (x[2i], x[2i+1]) where they are interleaved, else (x[i], x[i + dim/2]).
     """
-    wide_type = wide_dtype(x)
-    angle = positions.astype(wide_type)[..., None] * jnp.asarray(frequencies(x.shape[-1], rope), wide_type)[None, None]
-    angle = angle.reshape(*angle.shape[:2], *(1,) * (x.ndim - 3), angle.shape[-1])
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else jnp.split(x, 2, axis=-1)
-    turned = first * cos - second * sin, first * sin + second * cos
-    y = jnp.stack(turned, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(turned, axis=-1)
+    wide_type, dim = wide_dtype(x), x.shape[-1]
+    first = np.arange(dim) % 2 == 0 if interleaved else np.arange(dim) < dim // 2
+    of_pair = np.repeat(frequencies(dim, rope), 2) if interleaved else np.tile(frequencies(dim, rope), 2)
+    angle = positions.astype(wide_type)[..., None] * jnp.asarray(of_pair, wide_type)[None, None]
+    angle = angle.reshape(*angle.shape[:2], *(1,) * (x.ndim - 3), dim)
+    first = first.reshape(*(1,) * (x.ndim - 1), dim)
+    # Entries change places with their partners by shifts: every second entry of an array's last axis is slow to pick out on a TPU.
+    away = 1 if interleaved else dim // 2
+    partner = jnp.where(first, jnp.roll(x, -away, axis=-1), jnp.roll(x, away, axis=-1))
+    y = x * jnp.cos(angle) + partner * jnp.where(first, -jnp.sin(angle), jnp.sin(angle))
     return y.astype(x.dtype)

@@ -1,6 +1,7 @@
 """The mesh that a config asks for, and placing arrays on it. One device is a mesh of one."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:wanted])
 
 
-def shardings(mesh: Mesh, rules: Rules, specs: Any) -> Any:
-    """The sharding of every parameter, from a pytree of `mhc_jax.nn.module.Spec`."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, rules.spec(*spec.axes)), specs)
+def shardings(mesh: Mesh, rules: Rules, specs: Any, model: Any) -> Any:
+    """The sharding of every parameter of a model, from a pytree of `mhc_jax.nn.module.Spec` of its structure.
+
+    A latent's dimensions are split only where they come out even: it is the parts that are small which have few of them.
+    """
+
+    def sharding(spec: Any, parameter: Any) -> NamedSharding:
+        parts = math.prod(mesh.shape[name] for name in rules.mesh_axes("rank"))
+        uneven = [axis == "rank" and size % parts for axis, size in zip(spec.axes, parameter.shape, strict=True)]
+        return NamedSharding(mesh, rules.spec(*(None if odd else axis for axis, odd in zip(spec.axes, uneven))))
+
+    return jax.tree.map(sharding, specs, model)

@@ -23,6 +23,7 @@ class Rules:
     vocab: MeshAxes = "tensor"
     embed: MeshAxes = "fsdp"  # C of parameters
     stream_embed: MeshAxes = "fsdp"  # n * C of connection parameters
+    rank: MeshAxes = "fsdp"  # of the latents that queries, keys and values are expanded from; whole where it does not come out even
     layers: MeshAxes = None
     table_rows: MeshAxes = ("data", "fsdp", "expert", "context", "tensor")  # of Engram's tables: a device owns a contiguous block
 

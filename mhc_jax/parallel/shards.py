@@ -1,5 +1,6 @@
 """Running a function on each device's own part: the way kernels, sorting, expert and table exchanges meet a mesh."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,12 +50,16 @@ def constrained(x: Array, rules: Rules, *axes: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, rules.spec(*axes))
 
 
+def axes_here(rules: Rules, axis: str) -> tuple[str, ...]:
+    """The mesh axes of more than one device that a logical axis is split over under the mesh that is set; none without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(name for name in rules.mesh_axes(axis) if not mesh.empty and mesh.shape[name] > 1)
+
+
 def shard_count(rules: Rules, axis: str) -> int:
     """In how many parts a logical axis is split under the mesh that is set; 1 without one."""
-    mesh, count = jax.sharding.get_abstract_mesh(), 1
-    for name in () if mesh.empty else rules.mesh_axes(axis):
-        count *= mesh.shape[name]
-    return count
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[name] for name in axes_here(rules, axis))
 
 
 def with_halo(x: Array, reach: int, rules: Rules) -> Array:

@@ -1,4 +1,4 @@
-"""What a config costs before it runs: arithmetic from its numbers, no arrays and no model.
+"""What a config costs before it runs: arithmetic from its numbers, and what compilers say of its training step.
 
     attention  what dense and sparse attention cost over position
     flops      FLOPs of a token by part, in training and in decoding; bytes of its cache
@@ -7,5 +7,15 @@
     cost       chips; hours and dollars of a training run
     serving    the roofline of prefill and decoding
 
-What is compiled, measured or drawn is elsewhere.
+and for `mhc-jax plan` (docs/plan.md)
+
+    topologies   TPU slices: shapes, memory, links
+    compile      the step compiled for a machine that is not here
+    model        the modelled time of what came out, with
+    parts        which part of the network an operation belongs to
+    products     FLOPs of matrix products
+    collectives  what moves between chips, and how long that takes
+    plan, table  the figures of a residual kind, and the table of several
+
+What is measured or drawn is elsewhere.
 """

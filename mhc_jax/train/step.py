@@ -82,7 +82,7 @@ def state_shardings(config: Config, mesh: Mesh, rules: Rules) -> Any:
     """A `TrainState` with the sharding of each array: the optimizer's moments with their parameters, everything small on every device."""
     shape = jax.eval_shape(lambda: initial_state(config))
     whole = NamedSharding(mesh, PartitionSpec())
-    of_model = shardings(mesh, rules, specs(shape.model))
+    of_model = shardings(mesh, rules, specs(shape.model), shape.model)
     by_path = dict(jax.tree_util.tree_leaves_with_path(of_model))
 
     def like_parameters(part: Any) -> Any:
@@ -168,13 +168,15 @@ def _stepped(
     rows = batch.get("engram_rows")
     of_rows: tuple[RowGradients, ...] = ()  # for the optimizer of the tables on the devices
     of_host: tuple[RowGradients, ...] = ()
-    memory, overflow = read(state.memory, rows, config, rules) if host is None else read_with_host(state.memory, host, config, rules)
+    with jax.named_scope("engram"):
+        memory, overflow = read(state.memory, rows, config, rules) if host is None else read_with_host(state.memory, host, config, rules)
     found = gradients(state, batch, config, rules, memory)
     grads = jax.tree.map(jnp.multiply, found.model, update_mask(state.model))
-    if host is not None:
-        of_rows, of_host = gradients_with_host(host, found.memory, config, rules)
-    elif rows is not None:
-        of_rows = gradients_of_rows(rows, found.memory, config, rules)
+    with jax.named_scope("engram"):
+        if host is not None:
+            of_rows, of_host = gradients_with_host(host, found.memory, config, rules)
+        elif rows is not None:
+            of_rows = gradients_of_rows(rows, found.memory, config, rules)
     clipping = clip(grads, [g.values for g in (*of_rows, *of_host)], config)
     rate = learning_rate(config.optimizer, config.train.steps)(state.step)
     frozen, load = only_indexer(config.model), found.expert_load
@@ -192,7 +194,8 @@ def _stepped(
     # or for each element, needs both: a second copy of the state, by the compiler's count.
     good = jnp.isfinite(found.loss) & clipping.finite
     moved = (state.model, state.optimizer, state.router_bias, state.memory)
-    model, moments, router_bias, tables = jax.lax.cond(good, updated, lambda *old: old, *moved)
+    with jax.named_scope("optimizer"):
+        model, moments, router_bias, tables = jax.lax.cond(good, updated, lambda *old: old, *moved)
     new = TrainState(model, moments, router_bias, state.step + 1, jnp.where(good, 0, state.skipped_in_row + 1), tables)
     mean_load = jnp.maximum(load.mean(axis=-1, keepdims=True), 1.0)
     metrics = StepMetrics(

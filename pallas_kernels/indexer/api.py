@@ -47,7 +47,6 @@ def select_tokens(
     span: Span,
     top_k: int,
     *,
-    approximate: bool = False,
     query_chunk: int = 512,
     implementation: Implementation | None = None,
     interpret: bool = False,
@@ -55,8 +54,6 @@ def select_tokens(
     """For each query the visible keys with the top_k largest scores; ties go to the lower index. No gradient.
 
     Args as in `index_scores`, and
-      approximate: search with `jax.lax.approx_max_k`, which on TPU finds 95 % of the keys in expectation, and may find fewer than `top_k`
-        where more are visible. Elsewhere it is exact.
       query_chunk: queries whose scores exist at a time; fewer where batch times keys is large.
 
     Returns:
@@ -66,7 +63,7 @@ def select_tokens(
     _check_positive(top_k=top_k, query_chunk=query_chunk)
     kernels = choose(q, implementation, interpret)
     q, k, weight = map(jax.lax.stop_gradient, (q, k, weight))
-    return select.select_tokens(kernels, q, k, weight, _causal(span, k), top_k, approximate, query_chunk)
+    return select.select_tokens(kernels, q, k, weight, _causal(span, k), top_k, query_chunk)
 
 
 def select_pages(

@@ -25,7 +25,7 @@ FIRST = TOKENS[0]
 KERNELS: dict[str, Callable[..., Any]] = {
     "select_pages": lambda kernels, q, k, weight, span: select.select_pages(kernels, q, k, weight, span, TOP_K // PAGE, CHUNK),
     "index_scores": lambda kernels, q, k, weight, span: kernels.index_scores(q, k, weight, span),
-    "select_tokens": lambda kernels, q, k, weight, span: select.select_tokens(kernels, q, k, weight, span, TOP_K, False, CHUNK),
+    "select_tokens": lambda kernels, q, k, weight, span: select.select_tokens(kernels, q, k, weight, span, TOP_K, CHUNK),
 }
 
 

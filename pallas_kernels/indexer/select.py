@@ -10,12 +10,8 @@ from pallas_kernels.visible import PAGE, Selected, Span
 
 Array = jax.Array
 
-RECALL = 0.95  # what `approximate` asks XLA for: the expected share of the true top_k among those found
 
-
-def select_tokens(
-    kernels: Kernels, q: Array, k: Array, weight: Array, span: Span, top_k: int, approximate: bool, query_chunk: int
-) -> Selected:
+def select_tokens(kernels: Kernels, q: Array, k: Array, weight: Array, span: Span, top_k: int, query_chunk: int) -> Selected:
     """See `api.select_tokens`."""
     keys = k.shape[1]
     if top_k >= keys:  # everything that is visible is selected
@@ -25,11 +21,7 @@ def select_tokens(
 
     def of_chunk(piece: tuple[Array, Array, Span]) -> Selected:
         q, weight, span = piece
-        scores = kernels.index_scores(q, k, weight, span)
-        if approximate:
-            value, index = jax.lax.approx_max_k(scores, top_k, recall_target=RECALL)
-            return _selected(jnp.sort(jnp.where(value > -jnp.inf, index, keys), axis=-1), keys)
-        return _selected(kernels.top_indices(scores, top_k), keys)
+        return _selected(kernels.top_indices(kernels.index_scores(q, k, weight, span), top_k), keys)
 
     return by_chunk(of_chunk, (q, weight, span), rows_at_once(query_chunk, q.shape[0], keys))
 

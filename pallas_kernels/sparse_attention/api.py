@@ -43,7 +43,7 @@ def sparse_mla(
       latent: [B, T, K+R], normalised latents and the rotated key of every token; all of these have one floating type.
       selected: the keys of every query (`Selected` [B, S, k], each of them visible and in [0, T)), or with `pages` the pages of every
         block of PAGE queries ([B, ceil(S / PAGE), p], in [0, ceil(T / PAGE))), of which a query attends to the tokens that it sees. All
-        distinct.
+        distinct and rising: gradients are added up by where they lie.
       span: what every query sees, [B, S]; not looked at without `pages`.
       scale: of the logits.
       query_chunk: the most queries that are worked on at once, rounded up to a multiple of PAGE with `pages`; in XLA memory may bound it

@@ -12,6 +12,7 @@ from pallas_kernels.visible import PAGE, Selected
 
 FAMILY = "sparse_attention"
 MOST_TOKENS = 4096  # of a query: two buffers of rows of 2 KiB, in VMEM
+MOST_HEADS = 256  # where single tokens are chosen: their gradients take more VMEM with more
 HEADS = 16  # the TPU kernels take multiples of it: a tile of bfloat16 rows
 
 
@@ -42,6 +43,8 @@ def _tpu_misfit(q_rope: jax.Array, latent: jax.Array, rank: int, chosen: int, pa
         return f"K is {rank}; the TPU kernel for single tokens needs a multiple of {2 * LANES}"
     if not pages and chosen > MOST_TOKENS:
         return f"{chosen} tokens are chosen; the TPU kernel for single tokens takes up to {MOST_TOKENS}"
+    if not pages and heads > MOST_HEADS:
+        return f"H is {heads}; the TPU kernels for single tokens take up to {MOST_HEADS}"
     if not pages:
         return None
     if length < PAGE:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.choose import Kernels
-from pallas_kernels.sparse_attention.spec import Keys, SparseAttended, Weights, accumulator_rows, wide_type, xla_chunk
+from pallas_kernels.sparse_attention.spec import TPU_QUERIES, Keys, SparseAttended, Weights, accumulator_rows, wide_type, xla_chunk
 from pallas_kernels.visible import PAGE
 
 Array = jax.Array
@@ -29,14 +29,19 @@ class Plan(NamedTuple):
     padding: int  # the queries of a chunk are filled up to a multiple of this
     kernels: Kernels
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether the kernels take latents, and add up their gradients, in a form of their own, so that single rows can be moved."""
+        return self.kernels.name == "tpu" and not self.pages
+
 
 def plan_of(
     kernels: Kernels, q_rope: Array, latent: Array, chosen: int, *, scale: float, pages: bool, query_chunk: int, backward: bool = False
 ) -> Plan:
-    """The plan of one direction, for so many tokens or pages of every query. Single tokens have no backward kernel on TPU: XLA does it."""
+    """The plan of one direction, for so many tokens or pages of every query."""
     batch, length, heads, _ = q_rope.shape
     if backward and kernels.name == "tpu" and not pages:
-        kernels = Kernels(kernels.family, "xla", False)
+        query_chunk = min(query_chunk, max(1, TPU_QUERIES // batch))
     if kernels.name == "xla":
         keys = chosen * PAGE if pages else chosen
         query_chunk = min(query_chunk, xla_chunk(batch, heads, keys, latent.shape[-1], latent.dtype.itemsize, pages))
@@ -54,7 +59,7 @@ def attend_forward(plan: Plan, q_nope: Array, q_rope: Array, weights: Weights, l
     """The forward pass."""
 
     rank, kernels = weights.key_up.shape[0], plan.kernels
-    rows = kernels.packed(latent, rank) if kernels.name == "tpu" and not plan.pages else latent
+    rows = kernels.packed(latent, rank) if plan.by_rows else latent
 
     def chunk(start: Array | int, size: int, done: SparseAttended) -> SparseAttended:
         q, chosen = _prepared(plan, start, size, q_nope, q_rope, weights, latent, keys)
@@ -76,8 +81,9 @@ def attend_backward(
     plan: Plan, q_nope: Array, q_rope: Array, weights: Weights, latent: Array, keys: Keys, out: Array, log_total: Array, d_out: Array
 ) -> tuple[Array, Array, Weights, Array]:
     """Gradients for q_nope, q_rope, weights and latent, from what the forward pass took and returned."""
-    rank, (batch, length, width) = weights.key_up.shape[0], latent.shape
+    rank, (batch, length, width), kernels = weights.key_up.shape[0], latent.shape, plan.kernels
     wide = wide_type(q_nope)
+    rows = kernels.packed(latent, rank) if plan.by_rows else latent
 
     def chunk(start: Array | int, size: int, done: Any) -> Any:
         d_nope, d_rope, d_key_up, d_value_up, d_latent = done
@@ -85,11 +91,11 @@ def attend_backward(
         nope, d, o, total = (_padded(_take(x, start, size), plan.padding) for x in (q_nope, d_out, out, log_total))
         own = jnp.sum(d.astype(wide) * o.astype(wide), axis=-1)  # sum over keys of p dp, as the output knows it
         d_o = _product("bshv,khv->bshk", d, weights.value_up, latent.dtype)
-        kernels, rest = plan.kernels, (total, own, d_o, d_latent)
+        rest = (total, own, d_o, d_latent)
         if plan.pages:
             d_q, o, d_latent = kernels.attend_pages_backward(q, latent, *chosen, *rest, scale=plan.scale)
         else:
-            d_q, o, d_latent = kernels.attend_tokens_backward(q, latent, chosen.index, chosen.count, *rest, scale=plan.scale)
+            d_q, o, d_latent = kernels.attend_tokens_backward(q, rows, chosen.index, chosen.count, *rest, scale=plan.scale)
         d_absorbed = d_q[..., :rank]
         d_key_up += _product("bshd,bshk->khd", nope, d_absorbed, wide)
         d_value_up += _product("bshk,bshv->khv", o, d, wide)
@@ -101,11 +107,12 @@ def attend_backward(
         jnp.zeros_like(q_nope),
         jnp.zeros_like(q_rope),
         *(jnp.zeros(x.shape, wide) for x in weights),
-        jnp.zeros((batch, accumulator_rows(length, plan.kernels.name), width), wide),
+        kernels.sum_of(latent) if plan.by_rows else jnp.zeros((batch, accumulator_rows(length, kernels.name), width), wide),
     )
     d_nope, d_rope, d_key_up, d_value_up, d_latent = _each_chunk(chunk, zeros, q_nope.shape[1], plan.chunk)
     d_weights = Weights(d_key_up.astype(weights.key_up.dtype), d_value_up.astype(weights.value_up.dtype))
-    return d_nope, d_rope, d_weights, d_latent[:, :length].astype(latent.dtype)
+    d_latent = kernels.gradient_of(d_latent, latent) if plan.by_rows else d_latent[:, :length]
+    return d_nope, d_rope, d_weights, d_latent.astype(latent.dtype)
 
 
 def _attend_fwd(plan, plan_backward, q_nope, q_rope, weights, latent, keys):

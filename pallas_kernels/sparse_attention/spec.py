@@ -9,6 +9,8 @@ from pallas_kernels.visible import PAGE
 NO_KEYS = -1e29  # log_total and top of a query that sees no key: finite, so that differences of two of them are numbers
 XLA_BYTES = 512 << 20  # what one chunk may take on the XLA path: gathered rows, their gradients, logits
 
+TPU_QUERIES = 512  # of all sequences, in a chunk of the backward pass of single tokens on TPU: each keeps 1 MiB (128 heads, 2048 keys)
+
 
 class SparseAttended(NamedTuple):
     """Attended values, and what losses on the attention need to know; only `out` has gradients.

@@ -62,7 +62,7 @@ def cost(build: Build, floor_bytes: int, topology: str, *, floor_flops: int = 0,
         request = pickle.dumps((build, floor_bytes, topology, floor_flops, rare, dump, result))
         done = subprocess.run([sys.executable, "-c", START], input=request, env=environment, capture_output=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"compiling for {topology} failed: {_last_words(done.stderr.decode(errors='replace'))}")
+            raise RuntimeError(f"compiling for {topology} failed: {last_words(done.stderr.decode(errors='replace'))}")
         return pickle.loads(result.read_bytes())
 
 
@@ -81,7 +81,7 @@ def main() -> None:
     result.write_bytes(pickle.dumps(replace(modelled, compile_seconds=seconds, hbm_temp_bytes=temporaries)))
 
 
-def _last_words(errors: str) -> str:
+def last_words(errors: str) -> str:
     """The exception at the end of a traceback, without the traceback and without what JAX says of its own frames."""
     lines = [line for line in errors.splitlines() if line.strip()]
     starts = [place for place, line in enumerate(lines) if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)\b", line)]

@@ -65,7 +65,7 @@ def lower_for(topology: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> j
 
 def device_mesh(topology: str, args: tuple[Any, ...]) -> Mesh:
     """A mesh of the target's devices: as the abstract mesh in the shardings of `args` says, or of one device."""
-    devices = np.array(_gpu_devices(topology) if topology in GPUS else _tpu_devices(topology))
+    devices = np.array(target_devices(topology))
     meshes = {leaf.sharding.mesh for leaf in jax.tree.leaves(args) if isinstance(leaf.sharding, NamedSharding)}
     if len(meshes) > 1:
         raise ValueError(f"the arguments name {len(meshes)} meshes; they must share one")
@@ -75,6 +75,14 @@ def device_mesh(topology: str, args: tuple[Any, ...]) -> Mesh:
     if mesh.size > len(devices):
         raise ValueError(f"the arguments are laid out over {mesh.size} devices; {topology} has {len(devices)}")
     return Mesh(devices[: mesh.size].reshape(mesh.axis_sizes), mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def target_devices(topology: str) -> list[Any]:
+    """The devices of a target of `compile_for`, which may not be here; of a GPU the eight of one machine.
+
+    Raises ValueError for a target that is not known or whose compiler is not installed.
+    """
+    return _gpu_devices(topology) if topology in GPUS else _tpu_devices(topology)
 
 
 def _on(mesh: Mesh, arg: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

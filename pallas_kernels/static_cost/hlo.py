@@ -139,7 +139,7 @@ def _instruction(line: str) -> Instruction | None:
     rest = rest[len(opcode) :]
     end = _balanced(rest)
     inside = rest[:end]
-    operands = tuple(re.findall(r"%([^\s,()]+)", inside)) or ((inside[1:-1],) if opcode == "constant" else ())
+    operands = tuple(re.findall(r"%([^\s,()]+)", inside)) or ((inside[1:-1],) if opcode in ("constant", "parameter") else ())
     return Instruction(head[2], opcode, shape, operands, rest[end:], bool(head[1]))
 
 

@@ -30,13 +30,20 @@ class Run:
     hbm_bytes: int  # read from and written to HBM
     problems: tuple[str, ...]  # why the figures are not the kernel's; empty if they are
     met_condition: bool  # whether it met a condition on data, and `conditions` decided
+    cut: bool = False  # whether it was stopped before its end, and the figures are those up to there
 
 
 class _CannotTell(Exception):
     """Control depends on what only the data says."""
 
 
-def run_listing(listing: Listing, *, bytes_per_cycle: float, branch_delay: int, core: int = 0, conditions: bool = True) -> Run:
+class _Cut(_CannotTell):
+    """It ran for as many steps as it was given."""
+
+
+def run_listing(
+    listing: Listing, *, bytes_per_cycle: float, branch_delay: int, core: int = 0, conditions: bool = True, most_steps: int = MOST_STEPS
+) -> Run:
     """Executes a listing on one core.
 
     Args:
@@ -45,16 +52,18 @@ def run_listing(listing: Listing, *, bytes_per_cycle: float, branch_delay: int, 
       branch_delay: bundles after a branch that run before it takes effect.
       core: what the kernel reads as its core's number.
       conditions: whether code under a condition on data is run every time or never.
+      most_steps: bundles with scalar work to run before it is cut.
     """
     machine = _Machine(listing, bytes_per_cycle, branch_delay, core, conditions)
-    problems = []
+    problems, cut = [], False
     try:
-        machine.run()
+        machine.run(most_steps)
     except _CannotTell as reason:
+        cut = isinstance(reason, _Cut)
         strangers = sorted({operation.name for operations in machine.work for operation in operations if is_strange(operation)})
         problems.append(f"{reason} (operations that the model does not know: {', '.join(strangers)})" if strangers else str(reason))
     end = max(machine.time, machine.channel_free)
-    return Run(end, machine.stalls, machine.hbm_bytes, tuple(problems), machine.met_condition)
+    return Run(end, machine.stalls, machine.hbm_bytes, tuple(problems), machine.met_condition, cut)
 
 
 class _Semaphore:
@@ -94,9 +103,9 @@ class _Machine:
         self.met_condition = False
         self.jump: tuple[int, int] | None = None  # (last bundle before it, where to)
 
-    def run(self) -> None:
+    def run(self, most_steps: int) -> None:
         place, end = 0, len(self.work)
-        for _ in range(MOST_STEPS):
+        for _ in range(most_steps):
             following = bisect_left(self.places, place)
             event = self.places[following] if following < len(self.places) else end
             if self.jump and event > self.jump[0]:
@@ -110,7 +119,7 @@ class _Machine:
                 self.execute(operation, event)
             self.time += 1
             place = event + 1
-        raise _CannotTell("the kernel does not end within the steps that the model runs")
+        raise _Cut("the kernel does not end within the steps that the model runs")
 
     def execute(self, operation: Operation, place: int) -> None:
         name = operation.name

@@ -89,7 +89,7 @@ def on_a_mesh(part: str, mesh_config: MeshConfig):
     config, model, batch, memory = case(part)
     mesh, rules = make_mesh(mesh_config), Rules()
     with jax.set_mesh(mesh):
-        placed = jax.device_put(model, shardings(mesh, rules, specs(model)))
+        placed = jax.device_put(model, shardings(mesh, rules, specs(model), model))
         split = jax.device_put((memory, batch), NamedSharding(mesh, rules.spec("batch", "sequence")))
         return differentiate(config, rules)(placed, *split), placed
 

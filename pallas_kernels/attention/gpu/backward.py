@@ -81,7 +81,7 @@ def _gradient_of_queries(inputs: Inputs, first: Array, heads: int, scale: float,
         program = jax.lax.axis_index("tile")
         head, own_tile = program // tiles, tiles - 1 - jax.lax.rem(program, jnp.int32(tiles))
         sequence = head // heads
-        walk = Walk(refs["walk"], sequence * tiles + own_tile, own_tile, KEYS)
+        walk = Walk.read(refs["walk"], sequence * tiles + own_tile, own_tile, KEYS)
 
         def bringer():
             buffers = {"q_nope": q_nope_s, "q_rope": q_rope_s, "d_out": d_out_s, "log_total": log_total_s, "own": own_s, "first": first_s}
@@ -160,7 +160,7 @@ def _gradient_of_keys(inputs: Inputs, first: Array, heads: int, scale: float, in
         program = jax.lax.axis_index("tile")
         group, own_tile = program // tiles, jax.lax.rem(program, jnp.int32(tiles))
         sequence = group // groups
-        walk = Walk(refs["walk"], sequence * tiles + own_tile, own_tile, QUERIES)
+        walk = Walk.read(refs["walk"], sequence * tiles + own_tile, own_tile, QUERIES)
 
         def keys(number, who):
             """The rows of a warpgroup, in an array that has `length` for every head, sequence or group."""

@@ -59,7 +59,7 @@ def dense_attention(
         program = jax.lax.axis_index("tile")
         head, own = program // tiles, tiles - 1 - jax.lax.rem(program, jnp.int32(tiles))
         sequence = head // heads
-        walk = Walk(refs["walk"], sequence * tiles + own, own, KEYS)
+        walk = Walk.read(refs["walk"], sequence * tiles + own, own, KEYS)
 
         def bringer():
             for who in range(USERS):

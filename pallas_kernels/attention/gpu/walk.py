@@ -17,34 +17,30 @@ TILE = 128
 
 @dataclass(frozen=True)
 class Walk:
-    """The steps of a program: first along the diagonal, then what is cut by a document's border, then what is seen in full.
+    """The steps of a program: first along the diagonal, then what is cut by a document's border, then what is seen in full."""
 
-    table: int32 [B * tiles, 4] of `keys_of_queries` or `queries_of_keys`; row: the program's; own: its tile's number in the sequence.
-    """
-
-    table: Any
-    row: Any
-    own: Any
+    own: Any  # the number of the program's tile in the sequence
     passing: int
+    cut: Any  # the number of the first tile that a border cuts
+    full: Any  # and of the first that is seen in full
+    masked: Any  # how many steps need a mask
+    steps: Any
+
+    @classmethod
+    def read(cls, table: Any, row: Any, own: Any, passing: int) -> "Walk":
+        """From a row of an int32 table [B * tiles, 4] of `keys_of_queries` or `queries_of_keys`; read once, not in every step."""
+        cut, cuts, full, fulls = (table[row, i] for i in range(4))
+        masked = TILE // passing + cuts
+        return cls(own, passing, cut, full, masked, masked + fulls)
 
     @property
     def diagonal(self) -> int:
         return TILE // self.passing
 
-    @property
-    def masked(self) -> Any:
-        """How many steps need a mask."""
-        return self.diagonal + self.table[self.row, 1]
-
-    @property
-    def steps(self) -> Any:
-        return self.masked + self.table[self.row, 3]
-
     def start(self, step: Any) -> Any:
         """The first position of the tile that is visited at a step."""
-        cut, full = self.table[self.row, 0] - self.diagonal, self.table[self.row, 2] - self.masked
-        tile = step + jnp.where(step < self.diagonal, self.own * self.diagonal, jnp.where(step < self.masked, cut, full))
-        return tile * self.passing
+        others = jnp.where(step < self.masked, self.cut - self.diagonal, self.full - self.masked)
+        return (step + jnp.where(step < self.diagonal, self.own * self.diagonal, others)) * self.passing
 
 
 def keys_of_queries(first: Array, passing: int) -> Array:

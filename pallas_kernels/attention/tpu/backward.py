@@ -5,7 +5,6 @@ summed over queries block by block, and those of its queries stand in VMEM until
 is done in stretches of queries, and what the stretches give for keys and values is added up.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from pallas_kernels.tpu.tiles import LANES, Interpret
 
 Array = jax.Array
 BLOCK, PART = 1024, 256
+HEADS_BYTES = 256 << 20  # of the float32 gradients of heads that are not yet summed or rounded
 
 
 def dense_attention_backward(
@@ -38,18 +38,42 @@ def dense_attention_backward(
     interpret: Interpret = False,
 ) -> tuple[Array, Array, Array, Array, Array]:
     """Gradients for q_nope, q_rope, k_nope, k_rope and value. Shapes as in `api.dense_attention`; `query_block` is for XLA."""
-    length, dtype = q_nope.shape[2], q_nope.dtype
+    heads, length, dtype = *q_nope.shape[1:3], q_nope.dtype
     blocks = blocks_of(length, BLOCK, PART)
     own = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
     rows = [padded(x, 2, blocks.queries)[:, :, None] for x in (log_total * LOG2E, own)]
     args = [padded(x, x.ndim - 2, blocks.queries) for x in (q_nope, q_rope, k_nope, k_rope, value, d_out)]
     first = padded_first(first, blocks.queries)
     parts = stretches(blocks, _most_queries(q_nope, q_rope, value, blocks.size))
-    found = [_call(part, scale, args, rows, first, jnp.float32 if len(parts) > 1 else dtype, interpret) for part in parts]
-    d_q_nope, d_q_rope = (jnp.concatenate(pieces, axis=2)[:, :, :length] for pieces in list(zip(*found))[:2])
-    d_k_nope, d_k_rope, d_value = (_sum_of_fronts(pieces)[:, :, :length] for pieces in list(zip(*found))[2:])
-    # What each head has of the rotated key's gradient is float32, and summed over heads in a fixed order.
-    return d_q_nope, d_q_rope, d_k_nope.astype(dtype), d_k_rope.sum(axis=1).astype(dtype), d_value.astype(dtype)
+    together = _heads_together(q_nope, q_rope, value, len(parts))
+
+    def of_heads(offset: Array | None) -> tuple[list[Array], Array]:
+        d_keys = jnp.float32 if len(parts) > 1 else dtype
+        found = list(zip(*(_call(part, scale, args, rows, first, offset, together, d_keys, interpret) for part in parts)))
+        d_q_nope, d_q_rope = (jnp.concatenate(pieces, axis=2)[:, :, :length] for pieces in found[:2])
+        d_k_nope, d_k_rope, d_value = (_sum_of_fronts(pieces)[:, :, :length] for pieces in found[2:])
+        # What each head has of the rotated key's gradient is float32, and summed over heads in a fixed order.
+        return [d_q_nope, d_q_rope, d_k_nope.astype(dtype), d_value.astype(dtype)], d_k_rope.sum(axis=1)
+
+    def add(total: Array, offset: Array) -> tuple[Array, list[Array]]:
+        made, d_k_rope = of_heads(offset)
+        return total + d_k_rope, made
+
+    if together == heads:
+        made, d_k_rope = of_heads(None)
+    else:
+        d_k_rope, stacked = jax.lax.scan(add, jnp.zeros(k_rope.shape, jnp.float32), jnp.arange(0, heads, together, dtype=jnp.int32))
+        made = [jnp.moveaxis(x, 0, 1).reshape(x.shape[1], heads, *x.shape[3:]) for x in stacked]
+    d_q_nope, d_q_rope, d_k_nope, d_value = made
+    return d_q_nope, d_q_rope, d_k_nope, d_k_rope.astype(dtype), d_value
+
+
+def _heads_together(q_nope: Array, q_rope: Array, value: Array, parts: int) -> int:
+    """Heads whose float32 gradients of keys exist at a time: of the rotated one alone, or where there are stretches of all, for each."""
+    (batch, heads, length, width), rope = q_nope.shape, tiles.round_up(q_rope.shape[3], LANES)
+    of_token = rope if parts == 1 else (width + rope + value.shape[3]) * (parts + 1) // 2
+    most = HEADS_BYTES // (4 * batch * length * of_token)
+    return max((n for n in range(1, heads + 1) if heads % n == 0 and n <= most), default=1)
 
 
 def _most_queries(q_nope: Array, q_rope: Array, value: Array, size: int) -> int:
@@ -68,31 +92,54 @@ def _sum_of_fronts(parts: Sequence[Array]) -> Array:
 
 
 def _call(
-    blocks: Blocks, scale: float, args: list[Array], rows: list[Array], first: Array, d_keys: Any, interpret: Interpret
+    blocks: Blocks,
+    scale: float,
+    args: list[Array],
+    rows: list[Array],
+    first: Array,
+    offset: Array | None,
+    heads: int,
+    d_keys: Any,
+    interpret: Interpret,
 ) -> list[Array]:
-    """Gradients of the queries of a stretch, and of all keys up to its end; those of `k_nope` and `value` in type `d_keys`."""
+    """Gradients of the queries of a stretch, and of all keys up to its end; those of `k_nope` and `value` in type `d_keys`.
+
+    Of `heads` heads, from `offset` on if there are more.
+    """
     q_nope, q_rope, _, _, value, _ = args
-    batch, heads, _, width = q_nope.shape
+    batch, _, _, width = q_nope.shape
     rope, out_width, size = q_rope.shape[3], value.shape[3], blocks.size
     both = width + tiles.round_up(rope, LANES)
 
+    def of_all(head: Array, scalars: tuple[Any, ...]) -> Array:
+        """A head's number among all. Without an offset nothing is read, so that the static cost model can follow."""
+        return head if offset is None else head + scalars[1][0]
+
     def at(width: int, side: int) -> pl.BlockSpec:
-        return pl.BlockSpec((1, 1, size, width), lambda b, h, row, step, *_: (b, h, blocks.queries_of_keys(row, step)[side], 0))
+        return pl.BlockSpec(
+            (1, 1, size, width), lambda b, h, row, step, *scalars: (b, of_all(h, scalars), blocks.queries_of_keys(row, step)[side], 0)
+        )
+
+    def made_at(width: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, 1, size, width), lambda b, h, row, step, *_: (b, h, blocks.queries_of_keys(row, step)[1], 0))
 
     def whole(width: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, 1, blocks.queries, width), lambda b, h, row, step, *_: (b, h, 0, 0))
 
-    row_of_queries = pl.BlockSpec((1, 1, 1, size), lambda b, h, row, step, *_: (b, h, 0, blocks.queries_of_keys(row, step)[0]))
+    row_of_queries = pl.BlockSpec(
+        (1, 1, 1, size), lambda b, h, row, step, *scalars: (b, of_all(h, scalars), 0, blocks.queries_of_keys(row, step)[0])
+    )
     shared = pl.BlockSpec((1, size, rope), lambda b, h, row, step, *_: (b, blocks.queries_of_keys(row, step)[1], 0))
     of_first = pl.BlockSpec((1, 1, size), lambda b, h, row, step, *_: (b, 0, blocks.queries_of_keys(row, step)[0]))
 
     def array(tokens: int, width: int, dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch, heads, tokens, width), dtype)
 
+    scalars = [first[:, 0, ::size]] if offset is None else [first[:, 0, ::size], offset[None]]
     return pl.pallas_call(
-        functools.partial(_kernel, blocks, scale),
+        lambda begins, *refs: _kernel(blocks, scale, begins, *refs[len(scalars) - 1 :]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=len(scalars),
             grid=(batch, heads, *blocks.grid),
             in_specs=[
                 at(width, 0),
@@ -105,7 +152,7 @@ def _call(
                 row_of_queries,
                 of_first,
             ],
-            out_specs=[whole(width), whole(rope), at(width, 1), at(rope, 1), at(out_width, 1)],
+            out_specs=[whole(width), whole(rope), made_at(width), made_at(rope), made_at(out_width)],
             scratch_shapes=[
                 pltpu.VMEM((both, blocks.queries), jnp.float32),
                 pltpu.VMEM((size, both), jnp.float32),
@@ -124,7 +171,7 @@ def _call(
         ),
         interpret=interpret,
         name="dense_attention_backward",
-    )(first[:, 0, ::size], *args, *rows, first)
+    )(*scalars, *args, *rows, first)
 
 
 def _kernel(

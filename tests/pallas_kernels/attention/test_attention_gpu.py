@@ -111,7 +111,7 @@ def test_a_walk_visits_what_is_visible_once_and_the_rest_of_it_unmasked(owner, d
     else:
         table, seen = queries_of_keys(ends(jnp.asarray(first)), passing), seen.swapaxes(1, 2)
     for row, (sequence, own) in enumerate(np.ndindex(batch, tiles)):
-        walk = Walk(np.asarray(table), row, own, passing)
+        walk = Walk.read(np.asarray(table), row, own, passing)
         starts = np.asarray(walk.start(np.arange(walk.steps)))
         pairs = seen[sequence, own * TILE : (own + 1) * TILE].reshape(TILE, -1, passing)
         assert sorted(starts) == list(passing * np.flatnonzero(pairs.any(axis=(0, 2))))

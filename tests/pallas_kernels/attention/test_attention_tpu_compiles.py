@@ -10,6 +10,8 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.attention import dense_attention
 from pallas_kernels.attention.cases import FIRST, cases
+from pallas_kernels.attention.choose import FAMILY
+from pallas_kernels.choose import Kernels
 from pallas_kernels.static_cost import compile_for
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not here")
@@ -44,3 +46,17 @@ def test_what_the_platform_has_is_chosen_and_compiles_on_four_chips(chip, dtype)
     args = (q, r, q, array(1500, 64), q, first)
     text = compile_for(chip, jax.grad(loss, argnums=range(5)), args).as_text() or ""
     assert text.count("tpu_custom_call") >= 2  # the attention and its gradients
+
+
+@pytest.mark.matrix
+def test_float32_gradients_of_all_heads_do_not_exist_at_once():
+    """128 heads of 32768 tokens, one chip. All at once they take 12 GiB, with what it takes to add those of stretches of queries."""
+
+    def array(*shape, kind=jnp.bfloat16):
+        return jax.ShapeDtypeStruct((1, *shape), kind)
+
+    q, first = array(128, 32768, 128), array(32768, kind=jnp.int32)
+    args = (q, array(128, 32768, 64), q, array(32768, 64), q, first, q, array(128, 32768, kind=jnp.float32), q)
+    backward = Kernels(FAMILY, "tpu", False).dense_attention_backward
+    compiled = compile_for("tpu7x:2x2x1", lambda *args: backward(*args, 0.1, 512), args)
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * 2**30

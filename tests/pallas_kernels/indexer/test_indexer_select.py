@@ -11,7 +11,7 @@ from pallas_kernels.indexer import pieces, reference
 from pallas_kernels.visible import PAGE, Span
 
 index_scores = jax.jit(package.index_scores)
-select_tokens = jax.jit(package.select_tokens, static_argnames=("top_k", "approximate", "query_chunk"))
+select_tokens = jax.jit(package.select_tokens, static_argnames=("top_k", "query_chunk"))
 select_pages = jax.jit(package.select_pages, static_argnames=("pages", "query_chunk"))
 scores_by_reference = jax.jit(reference.index_scores)
 tokens_by_reference = jax.jit(reference.select_tokens, static_argnums=1)
@@ -132,11 +132,6 @@ def test_selection_has_no_gradient_and_runs_the_same_twice():
     for d in jax.grad(f, argnums=(0, 1, 2))(*x[:3]):
         assert not np.any(d)
     jax.tree.map(np.testing.assert_array_equal, select_tokens(*x, 5), select_tokens(*x, 5))
-
-
-def test_approximate_selection_is_exact_where_there_is_no_hardware_for_it():
-    x = indexer(2, 70, 150, 3, 8)
-    jax.tree.map(np.testing.assert_array_equal, select_tokens(*x, 20, approximate=True), select_tokens(*x, 20))
 
 
 def test_memory_grows_with_a_chunk_times_keys(monkeypatch):

@@ -1,0 +1,13 @@
+"""Products of rows sorted by group with one matrix a group: the routed experts of a mixture.
+
+xla          `jax.lax.ragged_dot`, for any size and platform
+tpu          kernels for both directions
+choose       which implementation runs
+api          what a user calls
+
+It lists no cases: what its kernels do depends on how many rows each group has, so no schedule tells what they cost (docs/kernels_grouped.md).
+"""
+
+from pallas_kernels.grouped.api import grouped_matmul
+
+__all__ = ["grouped_matmul"]

@@ -1,0 +1,220 @@
+"""Topologies, collectives, products and the modelled time, on modules short enough to know what comes out."""
+
+import pytest
+
+from mhc_jax import configs
+from mhc_jax.cli import main
+from mhc_jax.config import override
+from mhc_jax.errors import UserError
+from mhc_jax.plan.collectives import cost_of, group_of, span_of
+from mhc_jax.plan.model import model_step
+from mhc_jax.plan.plan import with_mesh
+from mhc_jax.plan.products import flops_of, grouped_product
+from mhc_jax.plan.topologies import KINDS, parse, slices_of
+from pallas_kernels.static_cost import parse_module
+
+SQUARE = tuple((x, y, 0) for y in range(4) for x in range(4))  # v5e:4x4
+
+
+def test_every_listed_slice_has_the_chips_that_its_name_says():
+    for kind in KINDS.values():
+        sizes = [topology.chips for topology in slices_of(kind)]
+        assert sizes == sorted(sizes)
+    cube = parse("tpu7x:4x4x8")
+    assert (cube.chips, cube.devices, cube.hbm_bytes_per_device) == (128, 256, 96 * 2**30)
+    assert parse("v5p:4x4x8").kind.link_bytes_per_second == 100e9
+
+
+@pytest.mark.parametrize("name", ["v9:2x2", "v5p", "v5p:3x3x3", "v5e:2x2x1"])
+def test_unknown_slice_lists_the_known_ones(name):
+    with pytest.raises(UserError, match=r"v5[pe]:.*, "):
+        parse(name)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "group"),
+    [
+        ("replica_groups={{0,4},{1,5}}", [0, 4]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", [0, 4]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", list(range(8))),
+        ("source_target_pairs={{0,4},{4,0}}", [0, 4]),
+        ("replica_groups={}", list(range(8))),
+    ],
+)
+def test_groups_in_every_notation(attributes, group):
+    assert group_of(attributes, 8) == group
+
+
+def test_rings_carry_both_ways():
+    ring = tuple((x, y, 0) for y in range(16) for x in range(16))
+    assert span_of(list(range(16)), parse("v5e:16x16"), ring) == (2, 8, [16])
+    assert span_of(list(range(256)), parse("v5e:16x16"), ring) == (4, 16, [16, 16])
+    assert span_of(list(range(4)), parse("v5e:4x4"), SQUARE) == (1, 3, [4])
+    assert span_of([0, 4, 8, 12], parse("v5e:4x4"), SQUARE) == (1, 3, [4])
+
+
+HLO = """HloModule m, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%inside (p0: bf16[4096,4096], p1: bf16[4096,4096]) -> bf16[4096,4096] {
+  %p0 = bf16[4096,4096]{1,0} parameter(0)
+  %p1 = bf16[4096,4096]{1,0} parameter(1)
+  ROOT %conv = bf16[4096,4096]{1,0} convolution(%p0, %p1), dim_labels=bf_io->bf, metadata={op_name="jit(step)/jvp(attention)/dot"}
+}
+
+%body (s: (s32[], bf16[4096,4096])) -> (s32[], bf16[4096,4096]) {
+  %s = (s32[], bf16[4096,4096]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %x = bf16[4096,4096]{1,0} get-tuple-element(%s), index=1
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %gather = bf16[4096,4096]{1,0} all-gather(%x), replica_groups={{0,1,2,3}}, dimensions={0}
+  %product = bf16[4096,4096]{1,0} fusion(%gather, %x), kind=kOutput, calls=%inside, backend_config={"estimated_cycles":"1500000"}
+  ROOT %t = (s32[], bf16[4096,4096]{1,0}) tuple(%next, %product)
+}
+
+%condition (s: (s32[], bf16[4096,4096])) -> pred[] {
+  %s = (s32[], bf16[4096,4096]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %n = s32[] constant(7)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (x: bf16[4096,4096]) -> bf16[4096,4096] {
+  %x = bf16[4096,4096]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %init = (s32[], bf16[4096,4096]{1,0}) tuple(%zero, %x)
+  %loop = (s32[], bf16[4096,4096]{1,0}) while(%init), condition=%condition, body=%body
+  %y = bf16[4096,4096]{1,0} get-tuple-element(%loop), index=1
+  %start = (bf16[4096,4096]{1,0}, bf16[4096,4096]{1,0}) all-reduce-start(%y), replica_groups={{0,1,2,3}}, to_apply=%add
+  %copied = bf16[4096,4096]{1,0} copy(%y), metadata={op_name="jit(step)/optimizer/copy"}
+  %done = bf16[4096,4096]{1,0} all-reduce-done(%start)
+  ROOT %out = bf16[4096,4096]{1,0} add(%done, %copied), metadata={op_name="jit(step)/optimizer/add"}
+}
+"""
+SIZE = 2 * 4096**2
+
+
+def test_loops_multiply_and_waits_show_what_is_not_hidden():
+    topology = parse("v5e:4x4")
+    step = model_step(parse_module(HLO), {}, topology, SQUARE)
+    found = {operation.name: operation for operation in step.operations}
+    link, hbm = 50e9, topology.kind.chip.hbm_bytes_per_second
+    assert found["product"].part == "attention" and found["product"].times == 7
+    assert found["product"].seconds == pytest.approx(7 * 1_500_000 / 1.5e9)
+    assert found["product"].flops == 7 * 2 * 4096**3
+    gather = SIZE * 3 // 4 / link + 3e-6
+    assert found["gather"].waited == found["gather"].seconds == pytest.approx(7 * gather)
+    # What runs between start and done hides that much of the all-reduce, and no more.
+    copied = 2 * SIZE / hbm
+    assert found["copied"].part == "optimizer" and found["copied"].seconds == pytest.approx(copied)
+    assert found["start"].kind == "all-reduce" and found["start"].waited == pytest.approx(found["start"].seconds - copied)
+    assert step.seconds == pytest.approx(sum(step.by_part().values()))
+
+
+def test_collective_kinds_cost_what_the_model_says():
+    module = parse_module(HLO)
+    topology = parse("v5e:4x4")
+
+    def seconds(text):
+        (_, step), *_ = parse_module(f"ENTRY %m (x: f32[8]) -> f32[8] {{\n  {text}\n}}").instructions["m"].items()
+        return cost_of(step, step, module, topology, SQUARE)
+
+    group = "replica_groups={{0,1,2,3}}"
+    scatter = seconds(f"ROOT %r = f32[1000000]{{0}} reduce-scatter(%x), {group}, to_apply=%add")
+    assert scatter.bytes == 12_000_000 and scatter.seconds == pytest.approx(12e6 / 50e9 + 3e-6)
+    away = seconds(f"ROOT %a = f32[1000000]{{0}} all-to-all(%x), {group}")
+    assert away.bytes == 3_000_000 and away.seconds == pytest.approx(4 * 4e6 / (4 * 50e9) + 3e-6)
+    alone = seconds("ROOT %r = f32[1000000]{0} all-reduce(%x), replica_groups={{0},{1}}, to_apply=%add")
+    assert (alone.bytes, alone.seconds) == (0, 0.0)
+
+
+def test_batched_products_count_what_meets_data():
+    text = """ENTRY %m (x: f32[8]) -> f32[8] {
+  %a = bf16[8,2048,256]{2,1,0} parameter(0)
+  %b = bf16[8,2048,512]{2,1,0} parameter(1)
+  ROOT %c = bf16[8,256,512]{2,1,0} convolution(%a, %b), window={size=8 stride=7 lhs_dilate=8}, dim_labels=0fb_0io->0bf
+}"""
+    module = parse_module(text)
+    assert flops_of(module.instructions["m"]["c"], "m", module) == 2 * 8 * 2048 * 256 * 512
+
+
+def test_grouped_products_are_charged_for_a_tile_more_an_expert():
+    text = """ENTRY %m (x: f32[8]) -> f32[8] {
+  %x = bf16[4096,256]{1,0} parameter(0)
+  %w = bf16[8,256,512]{2,1,0} parameter(1)
+  ROOT %c = bf16[4096,512]{1,0} custom-call(%x, %w), metadata={op_name="a/grouped_matmul/pallas_call"}
+}"""
+    module = parse_module(text)
+    found = grouped_product(module.instructions["m"]["c"], "m", module)
+    assert found is not None and found.flops == 2 * 4096 * 256 * 512 and found.done == found.flops * 2
+
+
+def test_the_rest_of_the_slice_goes_to_fsdp():
+    config = with_mesh(override(configs.get("27b"), {"mesh.expert": 8}), 128, "a slice")
+    assert (config.mesh.fsdp, config.mesh.expert) == (16, 8)
+    given = override(configs.get("27b"), {"mesh.fsdp": 64})
+    with pytest.raises(UserError, match="64 devices, fewer than the 128 of a slice"):
+        with_mesh(given, 128, "a slice")
+    with pytest.raises(UserError, match="64 devices, more than the 32 of a slice"):
+        with_mesh(given, 32, "a slice")
+    with pytest.raises(UserError, match="is 3, which does not divide the 128 devices"):
+        with_mesh(override(configs.get("27b"), {"mesh.expert": 3, "train.batch_size": 1281, "train.eval_sequences": 3}), 128, "a slice")
+    with pytest.raises(UserError, match=r"model\.dim|batch_size"):
+        with_mesh(configs.get("27b"), 1024, "a slice")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["plan"], "name a config"),
+        (["plan", "27b"], "name a slice"),
+        (["plan", "27b", "--topology", "v5e:2x2", "--gpu", "h200"], "name a slice or --gpu"),
+        (["plan", "27b", "--gpu", "z80"], "no GPU 'z80'"),
+        (["plan", "27b", "--gpu", "h200", "--devices", "9"], "--devices is 9"),
+        (["plan", "27b", "--topology", "v4:2x2"], "no topology 'v4:2x2'"),
+        (["plan", "27b", "--topology", "v5e:2x2", "--residual", "mhc,moon"], "no residual kind 'moon'"),
+        (["plan", "27b", "--topology", "v5e:2x2", "--residual", "mhc,mhc"], "names mhc twice"),
+    ],
+)
+def test_command_says_what_is_wrong(args, said, capsys):
+    assert main(args) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_command_says_how_to_install_the_compiler(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["plan", "laptop", "--topology", "v5e:2x2"]) == 2
+    assert "pip install 'mhc-jax[tpu]'" in capsys.readouterr().err
+
+
+TINY = """--model.dim 256 --model.num-layers 3 --model.attention.nope-dim 128 --model.attention.rope-dim 64 --model.attention.value-dim 128
+ --data.seq-len 256 --model.dtype bfloat16 --model.remat full --model.moe.expert-dim 128"""
+
+
+@pytest.mark.slow
+def test_plan_of_a_small_step(tmp_path, capsys):
+    import json
+
+    file = tmp_path / "plan.json"
+    args = ["plan", "laptop", "--topology", "v5e:2x2", "--residual", "mhc,residual", "--json", str(file), *TINY.split()]
+    assert main(args) == 0
+    out = capsys.readouterr().out
+    for word in ("fits 16.00 GiB", "residual connections", "all-gather", "model FLOPs utilisation", "overhead over the plain residual"):
+        assert word in out
+    mhc, plain = json.loads(file.read_text())["plans"]
+    for plan in (mhc, plain):
+        assert plan["fits"] and 0 < plan["mfu"] < 1
+        assert sum(plan["modelled_seconds"].values()) == pytest.approx(plan["step_seconds"])
+        # Every forward product runs once, again in the backward pass, and twice for its gradients; attention's are in its kernel.
+        assert plan["products"]["recomputed"] < plan["products"]["products"]
+        for part in ("attention", "experts", "dense feed-forward", "loss", "optimizer"):
+            assert plan["modelled_seconds"][part] > 0
+    assert mhc["modelled_seconds"]["residual connections"] > plain["modelled_seconds"].get("residual connections", 0)
+    assert mhc["step_seconds"] > plain["step_seconds"]
