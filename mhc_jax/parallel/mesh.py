@@ -22,6 +22,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
       UserError: the config asks for more devices than there are, or for so few that a process has none.
     """
     sizes = dataclasses.asdict(config)
+    own = devices is None
     devices = jax.devices() if devices is None else devices
     wanted, present = config.devices, len(devices)
     if wanted > present:
@@ -30,7 +31,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"{' x '.join(f'mesh.{name}' for name in asked)} = {' x '.join(map(str, asked.values()))} asks for {wanted} devices, but "
             f"{present} are present; lower them, or on a CPU set JAX_NUM_CPU_DEVICES={wanted}"
         )
-    if idle := {device.process_index for device in devices} - {device.process_index for device in devices[:wanted]}:
+    idle = {device.process_index for device in devices} - {device.process_index for device in devices[:wanted]}
+    if own and idle:
         raise UserError(
             f"the mesh has {wanted} of {present} devices, which leaves process {', '.join(map(str, sorted(idle)))} without any; raise "
             "mesh.data or mesh.fsdp, or start fewer processes"
