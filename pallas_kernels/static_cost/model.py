@@ -112,10 +112,10 @@ def model_cost(
       rare: whether code of kernels under conditions on data is left out. Otherwise it is charged every time.
       floor_flops: the fewest FLOPs that the matrix units have to do on one device.
     """
-    walk = Walk(module, listings, chip, conditions=not rare)
+    walk = _Walk(module, listings, chip, conditions=not rare)
     total = walk.computation(module.entry)
     conditional_us = (
-        max(total.us, Walk(module, listings, chip, conditions=rare).computation(module.entry).us) if walk.met_condition else None
+        max(total.us, _Walk(module, listings, chip, conditions=rare).computation(module.entry).us) if walk.met_condition else None
     )
     if conditional_us is not None and not rare:
         total.us = conditional_us
@@ -150,7 +150,7 @@ def model_cost(
     )
 
 
-class Walk:
+class _Walk:
     """Instructions run one after the other, asynchronous copies beside them."""
 
     def __init__(self, module: Module, listings: Mapping[str, str], chip: Chip, conditions: bool) -> None:
