@@ -1,11 +1,11 @@
 """Longer sequences from the programs that were modelled: how each part's time follows from its size. Arithmetic alone.
 
 Dense attention and the choice of pages over a whole sequence of S tokens take a S + b S^2 (heads are independent, so dense attention is
-modelled for two of them). The choice of tokens takes a + b T for a chunk of queries of a sequence of T: the kernel leaves out scores of
-keys that a chunk does not see, but not the search among them, and the model charges both. Attention to what was chosen takes the same for
-every query.
+modelled for two of them). The choice of tokens takes a + b T for a chunk of queries that looks at T keys, those up
+to the next of a few ends. Attention to what was chosen takes the same for every query.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 
 from mhc_jax.experiments.attention_modelled import CACHES, CHUNK, DENSE_HEADS, FEW, WHOLE, Program
 from mhc_jax.plan.attention import crossing
+from pallas_kernels.indexer.select import ends_of
 
 Total = Callable[[float], float | None]  # microseconds of a whole sequence of so many tokens
 
@@ -42,8 +43,10 @@ class Times:
         return None if choice is None or attention is None else choice + attention * tokens / CHUNK
 
     def tokens(self, tokens: float) -> float | None:
-        """The same with attention to chosen tokens, the choice included; at most: every chunk chooses as the last one does."""
-        choice, attention = self._chosen(tokens), self.us(Program("tokens", FEW, WHOLE[0]))
+        """The same with attention to chosen tokens, the choice included: each chunk's from the keys up to the next of a few ends."""
+        number = len(ends_of(math.ceil(tokens)))
+        seen = tokens * (number + 1) / (2 * number)  # by a chunk, on average
+        choice, attention = self._chosen(seen), self.us(Program("tokens", FEW, WHOLE[0]))
         return None if choice is None or attention is None else choice * tokens / CHUNK + attention * tokens / FEW
 
     def break_even(self, granularity: str) -> float | None:

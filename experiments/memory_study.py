@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Int32
 
 from mhc_jax.config import Config, override
@@ -38,7 +38,9 @@ def studied(train: Train) -> Train:
     def train_and_study(config: Config, folder: AnyPath) -> dict[str, Any]:
         summary = train(config, folder)
         if config.model.engram is not None and not (folder / FILE).exists():
-            write_json(folder / FILE, asdict(study(config, folder)))
+            studied = asdict(study(config, folder))
+            if jax.process_index() == 0:
+                write_json(folder / FILE, studied)
         return summary
 
     return train_and_study
@@ -103,7 +105,7 @@ def _gates(config: Config, folder: AnyPath, batch: dict[str, np.ndarray]) -> np.
         place = partial(jax.device_put, device=NamedSharding(mesh, rules.spec("batch", "sequence")))
         placed = {name: place(np.repeat(x, shards, axis=0)) for name, x in batch.items()}
 
-        @jax.jit
+        @partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))  # whole in every process
         def gates(state: TrainState, batch: dict[str, Any]) -> Any:
             values, _ = read(state.memory, batch["engram_rows"], config, rules)
             aux = batch_loss(state.model, batch, state.router_bias, memory=values, rules=rules, trace=True)[2]

@@ -17,7 +17,7 @@ from mhc_jax.train.folder import finished
 Say = Callable[[str], None]
 Train = Callable[[Config, AnyPath], dict[str, Any]]
 
-__all__ = ["Run", "RunList", "Train", "run_list"]
+__all__ = ["Run", "RunList", "Train", "follow", "run_list"]
 
 
 def run_list(runs: RunList, folder: AnyPath, train: Train, *, say: Say = print) -> Results:
@@ -33,7 +33,7 @@ def run_list(runs: RunList, folder: AnyPath, train: Train, *, say: Say = print) 
     Raises:
       UserError: a run folder holds another config. Checked for all runs before the first is trained.
     """
-    done = {run.name for run in runs.runs if finished(run.config, run_folder(folder, run)) is not None}
+    done = _done(runs, folder)
     save_runs(runs, folder)
     write_report(folder, say)
     for number, run in enumerate(runs.runs, start=1):
@@ -46,3 +46,15 @@ def run_list(runs: RunList, folder: AnyPath, train: Train, *, say: Say = print) 
         say(f"{run.name}: held-out loss {'not finite' if loss is None else f'{loss:.4f}'}")
         write_report(folder, say)
     return load_results(folder)
+
+
+def follow(runs: RunList, folder: AnyPath, train: Train) -> None:
+    """What all processes but the first of several do beside its `run_list`: they train the same runs, and write nothing."""
+    done = _done(runs, folder)
+    for run in runs.runs:
+        if run.name not in done:
+            train(run.config, run_folder(folder, run))
+
+
+def _done(runs: RunList, folder: AnyPath) -> set[str]:
+    return {run.name for run in runs.runs if finished(run.config, run_folder(folder, run)) is not None}

@@ -264,24 +264,34 @@ def _with_config(kind: type[Options], command: str, args: list[str]) -> Options:
 def _train(args: list[str]) -> None:
     options = _with_config(Train, "train", args)
     _prepare_jax()
+    import jax
+
+    from mhc_jax.parallel.processes import joined
     from mhc_jax.train.loop import train
 
     config = options.config
     folder = to_path(options.out) if options.out else Path("runs") / f"{config.name}-{config.model.residual}-seed{config.train.seed}"
-    summary = train(config, folder, profile=options.profile)
-    loss = "not finite" if summary["loss"] is None else f"{summary['loss']:.4f}"
-    print(f"{folder}: held-out loss {loss}, unigram entropy {summary['unigram_entropy']:.4f}")
+    with joined():
+        summary = train(config, folder, profile=options.profile)
+        if jax.process_index() == 0:
+            loss = "not finite" if summary["loss"] is None else f"{summary['loss']:.4f}"
+            print(f"{folder}: held-out loss {loss}, unigram entropy {summary['unigram_entropy']:.4f}")
 
 
 def _ablate(args: list[str]) -> None:
     runs, out = _run_list(args)
     _prepare_jax()
+    import jax
+
     from mhc_jax.experiments.memory_study import studied
-    from mhc_jax.experiments.runlist import run_list
+    from mhc_jax.experiments.runlist import follow, run_list
+    from mhc_jax.parallel.processes import joined
     from mhc_jax.train.loop import train
 
     folder = to_path(out) if out else Path("runs") / runs.name
-    run_list(dataclasses.replace(runs, command=shlex.join(["mhc-jax", "ablate", *args])), folder, studied(train))
+    runs = dataclasses.replace(runs, command=shlex.join(["mhc-jax", "ablate", *args]))
+    with joined():
+        (run_list if jax.process_index() == 0 else follow)(runs, folder, studied(train))
 
 
 def _run_list(args: list[str]) -> tuple[Any, str | None]:

@@ -1,9 +1,10 @@
 """Batches of packed documents for training and evaluation, with Grain. What a batch is: batch.
 
-Documents are shuffled, dealt to processes, read ahead by threads and worker processes, then concatenated and cut into rows. Packing comes
-last and in this process, so that neither threads nor workers change what the batches are. Without weights the documents of all sources go
-through one shuffle. With weights every source is shuffled and packed by itself, and their rows are mixed, so that the weights are shares of
-tokens however long the documents are.
+Documents are shuffled, read ahead by threads and worker processes, then concatenated and cut into rows. Packing comes last and in this
+process, so that neither threads nor workers change what the batches are. Of a run with many processes each makes the same batches, so that
+their number changes nothing either, and keeps the rows that its devices hold (`parallel.rows`). Without weights the documents of all
+sources go through one shuffle. With weights every source is shuffled and packed by itself, and their rows are mixed, so that the weights
+are shares of tokens however long the documents are.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags
+from jaxtyping import Int
 
 from mhc_jax.data.batch import Batch, from_packed, token_pairs
 from mhc_jax.data.iterators import CachedRecords, Mixed, PlainState, Positioned
@@ -30,46 +32,37 @@ def training_batches(
     seq_len: int,
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
     read_threads: int = 4,
     workers: int = 0,
     repeat: bool = True,
+    keep: Int[np.ndarray, " kept"] | None = None,
     ngrams: NgramHash | None = None,
 ) -> grain.DatasetIterator[Batch]:
-    """Batches of training text: every epoch all documents in a new order that depends on the seed, each in one process.
+    """Batches of training text: every epoch all documents in a new order that depends on the seed.
 
     With weights every source has epochs of its own. The state that `get_state` returns is plain data that survives JSON; after `set_state`
-    the iterator goes on bit for bit. A state of an iterator that was made with other text or other arguments (but for read_threads and
-    workers) is refused with a UserError.
+    the iterator goes on bit for bit. A state of an iterator that was made with other text or other arguments (but for read_threads,
+    workers and keep) is refused with a UserError.
 
     Args:
       prepared: the tokenised sources.
       seq_len: tokens of a row.
-      batch_size: rows of a batch of this process.
+      batch_size: rows of a batch.
       seed: of the order of documents, below 2**32.
-      process_index: which share of the documents to read.
-      process_count: number of such shares.
       read_threads: threads that read ahead, in each worker.
       workers: processes that read ahead, for each source that has a weight; 0 reads in this one.
       repeat: whether to go on after one epoch (of every source). If not, the last batch is filled up with padding.
-      ngrams: adds the rows of Engram's tables to every batch, see batch; they depend on the batch alone.
+      keep: numbers of the rows of every batch that are wanted here, rising; None: all.
+      ngrams: adds the rows of Engram's tables to what is kept of a batch, see batch; they depend on the row of the batch alone.
 
     Raises:
-      UserError: there are fewer documents than processes, or less text than one row; while iterating: the cache is damaged.
+      UserError: there is less text than one row; while iterating: the cache is damaged.
     """
     groups = [[source] for source in prepared.sources] if prepared.weights else [list(prepared.sources)]
     read_options = grain.ReadOptions(num_threads=max(1, read_threads // len(groups)), prefetch_buffer_size=READ_AHEAD * read_threads)
     parts = []
     for index, sources in enumerate(groups):
-        count = sum(source.train_documents for source in sources)
-        if process_count > count:
-            raise UserError(
-                f"the training split of {', '.join(source.source for source in sources)} has {count} documents, too few for "
-                f"{process_count} processes; use fewer processes or a corpus of more documents"
-            )
-        shuffled = _training(sources).seed((seed + index * SEED_STEP) % 2**32).shuffle()
-        documents = shuffled[process_index::process_count]
+        documents = _training(sources).seed((seed + index * SEED_STEP) % 2**32).shuffle()
         if repeat:
             documents = documents.repeat()
         read = documents.to_iter_dataset(read_options)
@@ -89,19 +82,27 @@ def training_batches(
         "tokenizer": prepared.tokenizer_fingerprint,
         "seed": seed,
         "sequence length": seq_len,
-        "sequences a process": batch_size,
-        "processes": process_count,
-        "process": process_index,
+        "sequences": batch_size,
     }
     pad = partial(grain.experimental.batch_and_pad, batch_size=batch_size)
     batches = rows.batch(batch_size, batch_fn=pad).map(from_packed)
+    if keep is not None:
+        batches = batches.map(partial(_kept, keep=keep))
     if ngrams is not None:
         batches = batches.map(ngrams.add_rows)
         fits["n-gram tables"] = ngrams.artifact.checksum
     return iter(Positioned(batches, fits))
 
 
-def heldout_batches(prepared: Prepared, *, seq_len: int, sequences: int, batch_size: int, ngrams: NgramHash | None = None) -> list[Batch]:
+def heldout_batches(
+    prepared: Prepared,
+    *,
+    seq_len: int,
+    sequences: int,
+    batch_size: int,
+    keep: Int[np.ndarray, " kept"] | None = None,
+    ngrams: NgramHash | None = None,
+) -> list[Batch]:
     """The same held-out rows for every run: `sequences` full rows, evenly spread over the packed held-out text.
 
     With weights, each source gives its share of the rows (rounded), one source after the other.
@@ -111,7 +112,8 @@ def heldout_batches(prepared: Prepared, *, seq_len: int, sequences: int, batch_s
       seq_len: tokens of a row.
       sequences: rows in total.
       batch_size: rows of a batch; it divides `sequences`.
-      ngrams: adds the rows of Engram's tables to every batch.
+      keep: numbers of the rows of every batch that are wanted here, rising; None: all.
+      ngrams: adds the rows of Engram's tables to what is kept of a batch.
 
     Raises:
       UserError: the held-out text does not fill so many rows, or `batch_size` does not divide `sequences`.
@@ -127,6 +129,8 @@ def heldout_batches(prepared: Prepared, *, seq_len: int, sequences: int, batch_s
         from_packed({name: np.stack([row[name] for row in rows[start : start + batch_size]]) for name in rows[0]})
         for start in range(0, sequences, batch_size)
     ]
+    if keep is not None:
+        batches = [_kept(batch, keep) for batch in batches]
     return batches if ngrams is None else [ngrams.add_rows(batch) for batch in batches]
 
 
@@ -137,6 +141,10 @@ def apportion(shares: Sequence[float], total: int) -> list[int]:
     for index in np.argsort(counts - exact, kind="stable")[: total - counts.sum()]:
         counts[index] += 1
     return counts.tolist()
+
+
+def _kept(batch: Batch, keep: Int[np.ndarray, " kept"]) -> Batch:
+    return {name: x[keep] for name, x in batch.items()}
 
 
 def _heldout_rows(sources: Sequence[PreparedSource], seq_len: int, count: int) -> list[Any]:

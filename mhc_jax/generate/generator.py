@@ -3,6 +3,7 @@
 A batch of any prompts runs as one. Two programs are compiled for it: a chunk of PREFILL tokens, and one token.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from mhc_jax.config import Config, override
+from mhc_jax.config import Config, MeshConfig, override
 from mhc_jax.data.ngrams.artifact import FILE as ENGRAM_FILE
 from mhc_jax.data.ngrams.artifact import load_artifact
 from mhc_jax.data.tokenizer import TextTokenizer, load_tokenizer
@@ -88,8 +89,7 @@ class Generator:
                 "was tokenised with there (`mhc-jax data NAME` prints the folder that has it)"
             )
         tokenizer = load_tokenizer(folder / TOKENIZER_FILE, saved.model.vocab_size)
-        here = {"mesh.data": 1, "mesh.fsdp": 1, "train.init_from": None}
-        config = override(saved, here)
+        config = dataclasses.replace(override(saved, {"train.init_from": None}), mesh=MeshConfig())
         if on_host(config):
             config = override(config, {"model.engram.tables.placement": "device", "model.engram.tables.hot_rows": 0})
         where = SingleDeviceSharding(jax.devices()[0])

@@ -34,7 +34,7 @@ from mhc_jax.nn.residual.mhc import MHC, IdentityHC, pre_bias, projected
 from mhc_jax.nn.residual.socket import Connection, PlainResidual
 from mhc_jax.nn.residual.streams import Pending, collapse, expand, split, unpack, unwritten
 from mhc_jax.parallel.rules import Rules
-from mhc_jax.parallel.shards import STREAMS, constrained, first_sequence
+from mhc_jax.parallel.shards import STREAMS, constrained, first_sequence, on_shards
 
 CONNECTIONS: dict[str, type[Connection]] = {
     "residual": PlainResidual,
@@ -220,21 +220,21 @@ def feed_forward(
     if isinstance(ffn, MoE):
         y, load, balance = ffn(u, bias, rules)
         return y, (load, balance)
-    y = ffn(constrained(u, rules, "batch", "positions", None))
+    y = ffn(constrained(u, rules, "batch", "positions", None), rules)
     return y, (jnp.zeros(config.moe.num_experts, jnp.int32), jnp.zeros((), wide_dtype(norm)))
 
 
-def collapsed(model: Decoder, x: Float[Array, "B S nC"]) -> Float[Array, "B S C"]:
+def collapsed(model: Decoder, x: Float[Array, "B S nC"], rules: Rules = Rules()) -> Float[Array, "B S C"]:
     """The streams after the last layer as one, normalised: what the output head multiplies."""
     config, n = model.config, model.streams
+
+    def read(head: Head | None, x: Float[Array, "B S nC"]) -> Float[Array, "B S C"]:
+        equal = 1.0 / n if config.connections.collapse == "mean" else 1.0
+        return collapse(x, jnp.full((n, x.shape[0] * x.shape[1]), equal) if head is None else head(x))
+
     if n > 1:
-        tokens_count = x.shape[0] * x.shape[1]
-        if model.head is not None:
-            weights = model.head(x)
-        else:
-            weights = jnp.full((n, tokens_count), 1.0 / n if config.connections.collapse == "mean" else 1.0)
         with jax.named_scope("connections"):
-            x = collapse(x, weights)
+            x = on_shards(read, rules, given=(None, STREAMS), results=STREAMS)(model.head, x)
     return rms_norm(x, model.final_norm, config.norm_eps)
 
 
@@ -330,7 +330,7 @@ def hidden_states(
         final_stream_cosine=cosine,
         gates=jnp.stack(gates) if trace and gates else None,
     )
-    return collapsed(model, x), aux
+    return collapsed(model, x, rules), aux
 
 
 def logits(model: Decoder, tokens, positions, segment_ids, router_bias, **kwargs) -> Float[Array, "B S V"]:

@@ -16,7 +16,7 @@ from mhc_jax.nn.ffn import SwiGLU
 from mhc_jax.nn.module import Module, Spec, normal
 from mhc_jax.nn.norm import wide
 from mhc_jax.parallel.rules import Rules
-from mhc_jax.parallel.shards import STREAMS, constrained
+from mhc_jax.parallel.shards import STREAMS, constrained, on_shards
 
 
 class Routing(NamedTuple):
@@ -104,8 +104,14 @@ class MoE(Module):
     ) -> tuple[Float[Array, "B S C"], Int[Array, "E"], Float[Array, ""]]:
         """Layer output, tokens per expert over the whole batch, and the balance loss."""
         x = constrained(x, rules, *STREAMS)
-        routing = route(x, self.router, bias, self.config)
+
+        def choose(x: Array, router: Array, bias: Array) -> tuple[Array, ...]:
+            return tuple(route(x, router, bias, self.config))
+
+        # Per shard, because the partitioner would gather the affinities of the whole batch to find each token's best.
+        chosen = on_shards(choose, rules, given=(STREAMS, None, None), results=(STREAMS,) * 3)(x, self.router, bias)
+        routing = Routing(*chosen)
         y = routed(x, routing.experts, routing.weights, self.inner, self.out, rules)
         if self.shared is not None:
-            y = y + constrained(self.shared(constrained(x, rules, "batch", "positions", None)), rules, *STREAMS)
+            y = y + constrained(self.shared(constrained(x, rules, "batch", "positions", None), rules), rules, *STREAMS)
         return y, expert_load(routing.experts, self.config.num_experts), balance_loss(routing, x.shape[0], self.config)

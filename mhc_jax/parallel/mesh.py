@@ -19,9 +19,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     Neighbours on the last axis, `tensor`, exchange most and lie next to each other.
 
     Raises:
-      UserError: the config asks for more devices than there are.
+      UserError: the config asks for more devices than there are, or for so few that a process has none.
     """
     sizes = dataclasses.asdict(config)
+    own = devices is None
     devices = jax.devices() if devices is None else devices
     wanted, present = config.devices, len(devices)
     if wanted > present:
@@ -29,6 +30,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         raise UserError(
             f"{' x '.join(f'mesh.{name}' for name in asked)} = {' x '.join(map(str, asked.values()))} asks for {wanted} devices, but "
             f"{present} are present; lower them, or on a CPU set JAX_NUM_CPU_DEVICES={wanted}"
+        )
+    idle = {device.process_index for device in devices} - {device.process_index for device in devices[:wanted]}
+    if own and idle:
+        raise UserError(
+            f"the mesh has {wanted} of {present} devices, which leaves process {', '.join(map(str, sorted(idle)))} without any; raise "
+            "mesh.data or mesh.fsdp, or start fewer processes"
         )
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:wanted])
 

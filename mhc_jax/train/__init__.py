@@ -8,7 +8,6 @@ watch        losses that go wrong: spikes, steps that were skipped, and going ba
 preemption   SIGTERM
 optimizer    AdamW, its schedule, what decays and what is left alone
 checkpoint   saving and restoring everything that a run needs to go on exactly as it was
-position     where a run with many processes is in its data
 arrays       arrays on disk and back
 fingerprint  a number for every array that changes when a bit of it does
 steps        the folders of checkpoints: complete, kept, damaged

@@ -136,6 +136,7 @@ class Checkpoints:
         """In the background: no collective operation here, since those of the training step must come in the same order everywhere."""
         on_disk.write(folder / "state", arrays, describe=self._first)
         if self._several:
+            folder.mkdir(parents=True, exist_ok=True)  # a process whose devices hold copies alone has written nothing, perhaps as the first
             (folder / f"part-{jax.process_index()}").write_text("")
         if not self._first:
             return

@@ -11,7 +11,7 @@ from mhc_jax.errors import UserError
 from mhc_jax.files import AnyPath, disk_is_full, read_json
 from mhc_jax.train import steps
 
-WHERE_TABLES_LIE = ("model.engram.tables.placement", "model.engram.tables.hot_rows")
+WHERE_IT_RUNS = ("mesh.", "model.engram.tables.placement", "model.engram.tables.hot_rows")  # beginnings of field paths
 
 
 def finished(config: Config, folder: AnyPath) -> dict[str, Any] | None:
@@ -42,9 +42,9 @@ def saved_config(folder: AnyPath) -> Config:
 def check_same_config(saved: Config, wanted: Config, what: str) -> None:
     """Raises UserError, naming the fields that differ, unless the two configs describe the same run.
 
-    Where tables lie is no part of what a run is: it may go on with them elsewhere.
+    Where it runs is no part of what a run is: it may go on with its tables elsewhere, and on a mesh of another shape.
     """
-    changed = {path: values for path, values in difference(saved, wanted).items() if path not in WHERE_TABLES_LIE}
+    changed = {path: values for path, values in difference(saved, wanted).items() if not path.startswith(WHERE_IT_RUNS)}
     if changed:
         lines = "".join(f"\n  {path}: {there!r} in the folder, {now!r} now" for path, (there, now) in changed.items())
         raise UserError(f"{what} holds a run with another config:{lines}\nGive another --out, or delete the folder.")

@@ -12,11 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from mhc_jax.config import Config
 from mhc_jax.engram_layout import table_rows
 from mhc_jax.errors import UserError
 from mhc_jax.mesh_config import MeshConfig
+from mhc_jax.parallel.rows import own_rows, place_rows
 from mhc_jax.parallel.rules import Rules
 from mhc_jax.tables.host import HostTable
 from mhc_jax.tables.host_device import HostBatch, HotRows
@@ -39,9 +41,13 @@ class DeviceTables:
         self._config, self._mesh, self._rules = config, mesh, rules
         self._of_batch = NamedSharding(mesh, rules.spec("batch", "sequence"))
 
-    def placed(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """This process's share of a batch, on the devices."""
-        return {name: jax.make_array_from_process_local_data(self._of_batch, x) for name, x in batch.items()}
+    def own_rows(self, sequences: int) -> Int[np.ndarray, " own"]:
+        """Which rows of a batch of so many sequences the devices of this process hold."""
+        return own_rows(self._of_batch, sequences)
+
+    def placed(self, batch: dict[str, np.ndarray], sequences: int) -> dict[str, Any]:
+        """A batch of so many sequences on the devices, from its rows of this process."""
+        return {name: place_rows(x, sequences, self._of_batch) for name, x in batch.items()}
 
     def like(self, state: TrainState) -> TrainState:
         """What a checkpoint is to be read like."""
@@ -98,9 +104,9 @@ class HostTables(DeviceTables):
             )
         self._cpu = _cpu_mesh()
 
-    def placed(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+    def placed(self, batch: dict[str, np.ndarray], sequences: int) -> dict[str, Any]:
         """All but the rows' numbers is placed."""
-        rest = super().placed({name: x for name, x in batch.items() if name != ROWS})
+        rest = super().placed({name: x for name, x in batch.items() if name != ROWS}, sequences)
         return rest | {ROWS: batch[ROWS]}
 
     def like(self, state: TrainState) -> TrainState:

@@ -1,17 +1,19 @@
 """One run from start to finish: prepares data, compiles, trains, evaluates, saves, resumes where it was cut, and goes back from a spike."""
 
+import json
 import math
 import time
 from collections.abc import Callable
 from typing import Any
 
+import grain
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
 from mhc_jax import config as configs
 from mhc_jax.config import Config
+from mhc_jax.data.batch import Batch
 from mhc_jax.data.ngrams.artifact import FILE as ENGRAM_FILE
 from mhc_jax.data.ngrams.artifact import open_artifact, save_artifact
 from mhc_jax.data.ngrams.hashing import NgramHash
@@ -21,6 +23,7 @@ from mhc_jax.errors import Preempted, UserError
 from mhc_jax.files import AnyPath, is_remote, read_json, write_atomically, write_json
 from mhc_jax.nn.decoder import learnable_mappings
 from mhc_jax.parallel.mesh import make_mesh
+from mhc_jax.parallel.processes import check_same_everywhere
 from mhc_jax.parallel.rules import Rules
 from mhc_jax.train.checkpoint import Checkpoints
 from mhc_jax.train.fits import check_fits
@@ -28,7 +31,6 @@ from mhc_jax.train.folder import finished, full_disk_is_told
 from mhc_jax.train.host_tables import DeviceTables, open_tables
 from mhc_jax.train.metrics import MetricsWriter, losses_until
 from mhc_jax.train.parameters import TOKENIZER_FILE, begun_from, check_begin
-from mhc_jax.train.position import SharedPosition
 from mhc_jax.train.preemption import Preemption
 from mhc_jax.train.programs import Programs, compile_programs, evaluate
 from mhc_jax.train.progress import Progress
@@ -47,8 +49,9 @@ def train(config: Config, folder: AnyPath, *, say: Say = print, profile: bool = 
     With several processes, all of them call this with the same arguments and a folder that all see; the first one speaks and writes.
 
     Raises:
-      UserError: the folder belongs to another config, the data does not fit, the mesh asks for more devices than there are, too few
-        steps are left for a profile, the disk is full, or the losses are beyond what the config tolerates.
+      UserError: the folder belongs to another config, the data does not fit, the mesh asks for more devices than there are, the
+        processes were given different things, too few steps are left for a profile, the disk is full, or the losses are beyond what the
+        config tolerates.
       Preempted: SIGTERM came; what there was to save is saved.
     """
     started = time.perf_counter()
@@ -66,6 +69,14 @@ def train(config: Config, folder: AnyPath, *, say: Say = print, profile: bool = 
         check_begin(config, data)
         tables = open_tables(config, mesh, rules)
         artifact = None if config.model.engram is None else open_artifact(folder, config.model.engram, data)
+        check_same_everywhere(
+            {
+                "config": json.dumps(configs.to_json(config)),
+                "text": data.fingerprint,
+                "tokenizer": data.tokenizer_fingerprint,
+                "n-gram tables": "" if artifact is None else artifact.checksum,
+            }
+        )
         batches, heldout = _open_data(config, data, None if artifact is None else NgramHash(artifact), tables)
 
         with full_disk_is_told(folder), jax.set_mesh(mesh), tables:
@@ -112,7 +123,7 @@ class _Run:
         config: Config,
         folder: AnyPath,
         tables: DeviceTables,
-        batches: SharedPosition,
+        batches: grain.DatasetIterator[Batch],
         heldout: list[dict[str, Any]],
         checkpoints: Checkpoints,
         preemption: Preemption,
@@ -198,7 +209,7 @@ class _Run:
             watch.after(step, values["loss"], bool(values["skipped"]))
 
         for step in range(first_step + 1, last_step + 1):
-            inputs = self.tables.take(self.tables.placed(next(self.batches)))
+            inputs = self.tables.take(self.tables.placed(next(self.batches), config.train.batch_size))
             if self.profile and step - first_step == PROFILED_STEPS.start:
                 jax.profiler.start_trace(self.folder / "profile")
             self.checkpoints.check()
@@ -244,25 +255,21 @@ def _silent(line: str) -> None:
 
 def _open_data(
     config: Config, data: Prepared, ngrams: NgramHash | None, tables: DeviceTables
-) -> tuple[SharedPosition, list[dict[str, Any]]]:
-    """This process's share of the training batches, on the host; the held-out batches, placed."""
-    index, processes = jax.process_index(), jax.process_count()
+) -> tuple[grain.DatasetIterator[Batch], list[dict[str, Any]]]:
+    """This process's rows of the training batches, on the host; the held-out batches, placed."""
     batches = training_batches(
         data,
         seq_len=config.data.seq_len,
-        batch_size=config.train.batch_size // processes,
+        batch_size=config.train.batch_size,
         seed=config.train.seed,
-        process_index=index,
-        process_count=processes,
         read_threads=config.data.read_threads,
         workers=config.data.workers,
+        keep=tables.own_rows(config.train.batch_size),
         ngrams=ngrams,
     )
     sequences = config.train.eval_sequences
     size = math.gcd(sequences, config.train.batch_size // config.train.microbatches)
-    # The held-out rows are the same in every process, which places its share of them.
-    heldout = [
-        tables.placed({name: np.split(x, processes)[index] for name, x in batch.items()})
-        for batch in heldout_batches(data, seq_len=config.data.seq_len, sequences=sequences, batch_size=size, ngrams=ngrams)
-    ]
-    return SharedPosition(batches), heldout
+    heldout = heldout_batches(
+        data, seq_len=config.data.seq_len, sequences=sequences, batch_size=size, keep=tables.own_rows(size), ngrams=ngrams
+    )
+    return batches, [tables.placed(batch, size) for batch in heldout]

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from mhc_jax.config import Config
 from mhc_jax.parallel.rules import Rules
@@ -50,7 +51,8 @@ class Programs:
     def compile_evaluation(self, state: TrainState, batch: Any, host: tuple[Any, ...] | None = None) -> Program:
         """Compiles the evaluation for arguments of these shapes."""
         started = time.perf_counter()
-        function = jax.jit(partial(eval_step, config=self._config, rules=self._rules))
+        everywhere = None if jax.sharding.get_abstract_mesh().empty else PartitionSpec()  # every process reads the whole result
+        function = jax.jit(partial(eval_step, config=self._config, rules=self._rules), out_shardings=everywhere)
         self._evaluations[_sizes(host)] = program = function.lower(*_evaluated(state), batch, host).compile()
         self.seconds += time.perf_counter() - started
         return program

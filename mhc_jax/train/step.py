@@ -253,7 +253,11 @@ def compile_train_step(
     The peak is the compiler's: arguments, results and temporaries, shared memory counted once; None where it does not tell.
     """
     function, arguments = (train_step, (state, batch)) if host is None else (train_step_with_host, (state, batch, host))
-    step = jax.jit(partial(function, config=config, rules=rules), donate_argnums=0)
+    # The next step takes what this one returns, so it must lie where it lay: left to itself, XLA chooses other axes of some meshes.
+    where = jax.tree.map(lambda x: x.sharding, state)
+    step = jax.jit(
+        partial(function, config=config, rules=rules), donate_argnums=0, out_shardings=(where, *(None,) * (1 if host is None else 2))
+    )
     compiled = step.lower(*arguments).compile()
     memory = compiled.memory_analysis()
     if memory is None:

@@ -5,7 +5,7 @@ tpu          kernels for both directions
 choose       which implementation runs
 api          what a user calls
 
-It lists no cases: what its kernels do depends on how many rows each group has, so no schedule tells what they cost (docs/kernels_grouped.md).
+It lists no cases: what its kernels do depends on how many rows each group has, so no schedule tells their cost (docs/kernels_grouped.md).
 """
 
 from pallas_kernels.grouped.api import grouped_matmul

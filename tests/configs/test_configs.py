@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 from small import BASE, KINDS, make, small
 
+from mhc_jax import mesh_config, sparse_config
 from mhc_jax.config import difference, fields, from_json, override, to_json, to_text
 from mhc_jax.configs import CONFIGS, get
 from mhc_jax.engram_config import EngramConfig
 from mhc_jax.errors import UserError
 from mhc_jax.nn.count import count_parameters, idle_experts
+from pallas_kernels import visible
+from pallas_kernels.engram_gate import HALO
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -229,3 +232,9 @@ def test_a_difference_names_the_fields_that_differ():
 
 def test_an_override_leaves_the_rest_alone():
     assert dict(fields(override(BASE, {"model.moe.top_k": 1}))) == {**dict(fields(BASE)), "model.moe.top_k": 1}
+
+
+def test_numbers_that_configs_share_with_kernels_are_theirs():
+    """A config imports no kernel, which would wake JAX."""
+    assert sparse_config.PAGE == visible.PAGE
+    assert mesh_config.CONV_REACH == HALO

@@ -1,4 +1,4 @@
-"""Several sources: shares of tokens, positions, processes, held-out rows, and what is reported."""
+"""Several sources: shares of tokens, positions, held-out rows, and what is reported."""
 
 import dataclasses
 import itertools
@@ -95,21 +95,9 @@ def test_weights_are_shares_of_tokens_whatever_the_sizes(weighted: Prepared):
         np.testing.assert_allclose(taken, share * np.arange(1, len(origin) + 1), atol=1.5)  # at every moment
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_shares_of_processes_are_disjoint_and_cover_an_epoch(prepared: Prepared, count: int):
-    shares = [flat(list(batches(prepared, repeat=False, process_index=i, process_count=count))) for i in range(count)]
-    assert all(shares)
-    assert sorted(itertools.chain(*shares)) == all_pairs(prepared)
-
-
-def test_processes_read_different_documents(plain: Prepared):
-    shares = [set(unpack(list(batches(plain, repeat=False, process_index=i, process_count=3)), plain)) for i in range(3)]
-    assert all(a.isdisjoint(b) for a, b in itertools.combinations(shares, 2))
-
-
 def test_resume_goes_on_bit_for_bit(prepared: Prepared):
     def fresh():
-        return batches(prepared, process_index=1, process_count=2)
+        return batches(prepared)
 
     original = fresh()
     states, expected = [], []
@@ -143,18 +131,15 @@ def test_resume_near_the_end_of_an_epoch(weighted: Prepared):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"process_count": 3}, "processes 2, now 3"),
-        ({"process_index": 0}, "process 1, now 0"),
-        ({"batch_size": 2}, "sequences a process 4, now 2"),
+        ({"batch_size": 2}, "sequences 4, now 2"),
         ({"seq_len": 8}, "sequence length 16, now 8"),
         ({"seed": 1}, "seed 0, now 1"),
     ],
 )
 def test_a_position_of_another_setting_is_refused(weighted: Prepared, change: dict, message: str):
-    options = {"process_index": 1, "process_count": 2}
-    state = batches(weighted, **options).get_state()
+    state = batches(weighted).get_state()
     with pytest.raises(UserError, match=f"does not fit: it was saved with {message}"):
-        batches(weighted, **{**options, **change}).set_state(state)
+        batches(weighted, **change).set_state(state)
 
 
 def test_a_position_in_other_text_is_refused(plain: Prepared, weighted: Prepared):
@@ -238,8 +223,3 @@ def test_sources_share_a_tokenizer_and_a_new_one_leaves_the_others_alone(config:
     # A tokenizer that is trained here depends on the text of all.
     alone = prepare(dataclasses.replace(config, source=config.source[:1]), VOCAB)
     assert alone.tokenizer_fingerprint != plain.tokenizer_fingerprint
-
-
-def test_too_few_documents_of_one_source(weighted: Prepared):
-    with pytest.raises(UserError, match=r"2\.jsonl has \d+ documents, too few for 25 processes"):
-        batches(weighted, process_count=25)

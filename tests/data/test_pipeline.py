@@ -2,16 +2,13 @@
 
 import itertools
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from grain.sources import ArrayRecordDataSource
-from small_corpus import VOCAB, data_config, write_corpus
 
 from mhc_jax.data.batch import IGNORED, Batch
 from mhc_jax.data.pipeline import heldout_batches, training_batches
-from mhc_jax.data.prepare import prepare
 from mhc_jax.data.prepared import Prepared, PreparedSource
 from mhc_jax.errors import UserError
 
@@ -117,22 +114,30 @@ def test_the_seed_alone_decides_the_order(prepared: Prepared):
     assert not same(batches(3)[:1], batches(4)[:1])
 
 
-def test_processes_share_the_documents_out(prepared: Prepared):
-    def share(index: int) -> list[Document]:
-        place = {"process_index": index, "process_count": 3}
-        return unpack(list(training_batches(prepared, seq_len=SEQ_LEN, batch_size=1, seed=0, repeat=False, **place)), prepared)
+def test_rows_that_are_kept_are_those_of_the_whole_batch_and_one_position_serves_all(prepared: Prepared):
+    def fresh(keep: list[int] | None):
+        return training_batches(prepared, seq_len=SEQ_LEN, batch_size=BATCH, seed=0, keep=None if keep is None else np.array(keep))
 
-    shares = [share(index) for index in range(3)]
-    assert all(shares)
-    assert sorted(itertools.chain(*shares)) == sorted(records("train", *prepared.sources))
+    whole, part, other = fresh(None), fresh([1, 2]), fresh([0, 3])
+    for batch in take(whole, 10):
+        for rows, own in (([1, 2], next(part)), ([0, 3], next(other))):
+            assert same([own], [{name: x[rows] for name, x in batch.items()}])
+    assert json.dumps(whole.get_state()) == json.dumps(part.get_state()) == json.dumps(other.get_state())
+    following = take(whole, 3)
+    other.set_state(part.get_state())
+    assert same(take(other, 3), [{name: x[[0, 3]] for name, x in batch.items()} for batch in following])
+
+    options = {"seq_len": SEQ_LEN, "sequences": 4, "batch_size": 2}
+    for batch, own in zip(heldout_batches(prepared, **options), heldout_batches(prepared, keep=np.array([1]), **options), strict=True):
+        assert same([own], [{name: x[1:] for name, x in batch.items()}])
 
 
 @pytest.mark.parametrize("seq_len", [1, SEQ_LEN, 500])
 def test_resume_goes_on_bit_for_bit(prepared: Prepared, seq_len: int):
     def fresh():
-        return training_batches(prepared, seq_len=seq_len, batch_size=BATCH, seed=0, process_index=1, process_count=2)
+        return training_batches(prepared, seq_len=seq_len, batch_size=BATCH, seed=0)
 
-    epoch = prepared.train_pairs // (2 * BATCH * seq_len)
+    epoch = prepared.train_pairs // (BATCH * seq_len)
     original = fresh()
     states = []
     batches = []
@@ -201,9 +206,3 @@ def test_heldout_batches_of_unequal_size(prepared: Prepared):
 def test_row_longer_than_the_corpus(prepared: Prepared):
     with pytest.raises(UserError, match=rf"has only {prepared.train_pairs} tokens to predict"):
         training_batches(prepared, seq_len=prepared.train_pairs + 1, batch_size=1, seed=0)
-
-
-def test_more_processes_than_documents(tmp_path: Path):
-    prepared = prepare(data_config(write_corpus(tmp_path, documents=4)), VOCAB)
-    with pytest.raises(UserError, match="too few for 8 processes"):
-        training_batches(prepared, seq_len=4, batch_size=1, seed=0, process_count=8)

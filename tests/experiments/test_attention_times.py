@@ -25,7 +25,9 @@ def test_laws_of_growth():
     times, s = Times(known()), 131_072
     assert times.dense(s) == pytest.approx(64 * (0.1 * s + 1e-4 * s * s))
     assert times.pages(s) == pytest.approx(0.01 * s + 1e-5 * s * s + 200 * s / 512)
-    assert times.tokens(s) == pytest.approx((50 + 0.01 * s) * s / 512 + 450 * s / 32)
+    seen = sum(range(s // 16, s + 1, s // 16)) / 16  # keys that a chunk looks at, on average
+    assert times.tokens(s) == pytest.approx((50 + 0.01 * seen) * s / 512 + 450 * s / 32)
+    assert times.tokens(4096) == pytest.approx((50 + 0.01 * 4096) * 8 + 450 * 128)
 
 
 def test_break_even_is_where_the_times_meet_or_nowhere():

@@ -1,5 +1,7 @@
 """Rules, meshes and shards. What networks compute on meshes: test_eight_devices."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +38,12 @@ def test_an_unknown_axis_is_refused_and_the_known_ones_are_listed():
 def test_a_mesh_larger_than_the_machine_is_refused_with_both_numbers():
     with pytest.raises(UserError, match=r"mesh.data x mesh.tensor = 4 x 4 asks for 16 devices, but 8 are present"):
         make_mesh(MeshConfig(data=4, tensor=4))
+
+
+def test_a_mesh_that_leaves_a_process_without_devices_is_refused(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(process_index=index // 2) for index in range(8)])
+    with pytest.raises(UserError, match=r"the mesh has 4 of 8 devices, which leaves process 2, 3 without any"):
+        make_mesh(MeshConfig(fsdp=4))
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (2, 4, 1, 1, 1), (1, 2, 1, 1, 2), (1, 3, 1, 1, 1), (1, 1, 2, 2, 2)])

@@ -37,7 +37,7 @@ def cut(run, tmp_path):
     (copy / "summary.json").unlink()
     shutil.rmtree(copy / "checkpoints" / "4")
     about = json.loads((copy / "checkpoints" / "2" / "about.json").read_text())
-    fits = about["content"]["data"]["processes"][0]["fits"]
+    fits = about["content"]["data"]["fits"]
     return config, copy, load_artifact(copy / "engram.json", ENGRAM, fits["tokenizer"]), fits
 
 

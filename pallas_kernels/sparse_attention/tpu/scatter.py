@@ -24,7 +24,7 @@ from pallas_kernels.tpu.tiles import LANES, MIB, Interpret
 Array = jax.Array
 PIECES = 8  # DMAs that a range is moved by
 TOGETHER = 8  # rows that are read before the first of them is written: the keys of a tile differ
-BESIDE = 8 * MIB  # of VMEM, for everything but the sum
+BESIDE = 6 * MIB  # of VMEM, for everything but the sum
 
 
 def sum_of(latent: Array, *, interpret: Interpret = False) -> Array:

@@ -7,7 +7,7 @@ import pytest
 from indexers import Indexer, check_selected, indexer, largest, scores_of
 
 from pallas_kernels import indexer as package
-from pallas_kernels.indexer import pieces, reference
+from pallas_kernels.indexer import pieces, reference, select
 from pallas_kernels.visible import PAGE, Span
 
 index_scores = jax.jit(package.index_scores)
@@ -132,6 +132,17 @@ def test_selection_has_no_gradient_and_runs_the_same_twice():
     for d in jax.grad(f, argnums=(0, 1, 2))(*x[:3]):
         assert not np.any(d)
     jax.tree.map(np.testing.assert_array_equal, select_tokens(*x, 5), select_tokens(*x, 5))
+
+
+@pytest.mark.parametrize(("top_k", "chunk"), [(17, 16), pytest.param(60, 512, marks=pytest.mark.slow)])
+def test_chunks_that_look_at_fewer_keys_choose_the_same(top_k, chunk, monkeypatch):
+    """Ties, packed documents and a ragged end; some chunks look at no more keys than are chosen."""
+    x = integers((2, 151, 151, 3, 8))
+    whole = package.select_tokens(*x, top_k, query_chunk=chunk)
+    monkeypatch.setattr(select, "LEAST", 32)
+    assert select.ends_of(151) == [38, 76, 114, 151]
+    jax.tree.map(np.testing.assert_array_equal, package.select_tokens(*x, top_k, query_chunk=chunk), whole)
+    check_selected(whole, largest(scores_of(x), top_k), top_k)
 
 
 def test_memory_grows_with_a_chunk_times_keys(monkeypatch):
