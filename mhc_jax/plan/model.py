@@ -26,7 +26,7 @@ from pallas_kernels.static_cost.model import FREE, SMALL
 
 # Bundles with scalar work that are run before an operation is charged by what it did until then; a minute or so for all of a large step.
 KERNEL_STEPS, FUSION_STEPS = 2_000_000, 100_000
-# Of the matrix units' peak, in `pallas_kernels.grouped`. Their grids depend on data, so their schedules cannot be run; this is the least that
+# Of the matrix units' peak, in `pallas_kernels.grouped`. Their grids depend on data, so no schedule can be run; this is the least that
 # they reach with equal groups and a walk known beforehand (docs/kernels_grouped.md). v5e is taken to be as v5p, whose units it has.
 GROUPED_EFFICIENCY = {"v5e": 0.90, "v5p": 0.90, "v6e": 0.77, "tpu7x": 0.78}
 DATA = re.compile(r"^(dynamic-slice|slice|gather)$")
