@@ -78,8 +78,9 @@ def _one_by_one(x, experts, weights, inner, out):
 def ragged(experts: Int[Array, "T k"], num_experts: int):
     """Rows back to back, and the product of such rows with their experts' matrices."""
     flat = experts.reshape(-1)
-    order = jnp.argsort(flat, stable=True)
-    visit_of_row = jnp.where(flat[order] < num_experts, order, flat.size)
+    # Sorted together, not looked up afterwards: gathers of single numbers take a TPU and its compiler long.
+    in_order, order = jax.lax.sort((flat, jnp.arange(flat.size)), num_keys=1, is_stable=True)
+    visit_of_row = jnp.where(in_order < num_experts, order, flat.size)
     row_of_visit = jnp.where(flat < num_experts, jnp.argsort(order), flat.size)
     rows_of_expert = jnp.bincount(flat, length=num_experts).astype(jnp.int32)
 
@@ -171,7 +172,7 @@ collect.defvjp(_collect_fwd, _collect_bwd)
 
 
 def _rows_of(x: Float[Array, "N C"], rows: Int[Array, "*shape"]) -> Float[Array, "*shape C"]:
-    return x.at[rows].get(mode="fill", fill_value=0)
+    return x.at[rows].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
 def _no_gradient(rows: Rows) -> Rows:

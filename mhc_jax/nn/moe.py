@@ -42,7 +42,8 @@ def route(x: Float[Array, "*tokens C"], router: Float[Array, "C E"], bias: Float
         allowed = jax.nn.one_hot(chosen, config.num_groups, dtype=bool).any(axis=-2)
         biased = jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(biased.shape)
     experts = jax.lax.top_k(biased, config.top_k)[1]
-    weights = jnp.take_along_axis(affinity, experts, axis=-1)
+    # The affinities of the chosen by a mask, not a gather of single numbers, which takes a TPU and its compiler long, as does its gradient.
+    weights = jnp.where(jax.nn.one_hot(experts, config.num_experts, dtype=bool), affinity[..., None, :], 0).sum(axis=-1)
     weights = weights / weights.sum(axis=-1, keepdims=True) * config.routed_scaling
     return Routing(experts, weights, affinity)
 
