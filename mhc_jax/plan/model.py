@@ -26,9 +26,9 @@ from pallas_kernels.static_cost.model import FREE, SMALL
 
 # Bundles with scalar work that are run before an operation is charged by what it did until then; a minute or so for all of a large step.
 KERNEL_STEPS, FUSION_STEPS = 2_000_000, 100_000
-# Of the matrix units' peak, in `pallas_kernels.grouped`. Their grids depend on data, so their schedules cannot be run; with equal groups of
-# 2048 rows, I 2560 and O 3072, and a walk known beforehand, they reach 0.90 to 0.96 (v5p), 0.77 to 0.83 (v6e), 0.78 to 0.90 (tpu7x).
-GROUPED_EFFICIENCY = 0.8
+# Of the matrix units' peak, in `pallas_kernels.grouped`. Their grids depend on data, so no schedule can be run; this is the least that
+# they reach with equal groups and a walk known beforehand (docs/kernels_grouped.md). v5e is taken to be as v5p, whose units it has.
+GROUPED_EFFICIENCY = {"v5e": 0.90, "v5p": 0.90, "v6e": 0.77, "tpu7x": 0.78}
 DATA = re.compile(r"^(dynamic-slice|slice|gather)$")
 
 
@@ -181,7 +181,10 @@ class _Schedule:
     def operation(self, step: Instruction, computation: str) -> Operation | None:
         part, recomputed = part_of(step, computation, self.module), is_recomputed(step, self.module)
         if grouped := grouped_product(step, computation, self.module):
-            seconds = max(grouped.done / (GROUPED_EFFICIENCY * self.chip.flops_per_second), grouped.bytes / self.chip.hbm_bytes_per_second)
+            seconds = max(
+                grouped.done / (GROUPED_EFFICIENCY[self.chip.name] * self.chip.flops_per_second),
+                grouped.bytes / self.chip.hbm_bytes_per_second,
+            )
             return Operation(step.name, part, "grouped", 1, seconds, seconds, grouped.bytes, grouped.flops, recomputed)
         flops, moved = flops_of(step, computation, self.module), self.traffic(step, computation)
         kernel = '"tpu_custom_call"' in step.attributes
