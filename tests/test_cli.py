@@ -137,6 +137,7 @@ def test_data_prints_where_the_tokens_are(text, capsys):
     assert "train" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_weighted_mixture_trains_and_reports_each_source(text, tmp_path):
     (tmp_path / "more.jsonl").write_text(
         "".join(json.dumps({"content": f"{i} mixes four rows. " * 20}) + "\n" for i in range(20)) + "oops\n"
@@ -149,6 +150,7 @@ def test_a_weighted_mixture_trains_and_reports_each_source(text, tmp_path):
     assert data["skipped_records"] == 1
 
 
+@pytest.mark.slow
 def test_bench_compares_step_times(capsys):
     assert main(["bench", "laptop", "--rounds", "1", "--variants", "residual", "mhc", *TINY]) == 0
     assert "| mhc |" in capsys.readouterr().out

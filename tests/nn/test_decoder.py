@@ -159,6 +159,7 @@ def differentiated(policy: str, unrolled: bool = True):
     return float(loss), jax.tree.leaves(grads), temporary_bytes(compiled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", only(["full"], ["streams", "matmuls", "full"]))
 def test_remat_policies_save_memory_and_leave_gradients_alone(policy):
     loss, grads, memory = differentiated(policy)

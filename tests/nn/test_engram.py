@@ -112,6 +112,7 @@ def test_what_a_token_read_reaches_later_tokens_of_its_document_alone(cross):
             assert seen[:start].any() == (t >= 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("conv", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_token_by_token_equals_all_at_once(conv):
     """Rows by the hash on the device, and the module with its state: chunks of 1, 3 and more tokens."""
@@ -173,6 +174,7 @@ def test_recomputation_leaves_gradients_alone(policy):
     assert tree_relative(jax.tree.leaves(grads), jax.tree.leaves(grads_kept)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residual", only(["residual"], ["residual", "hc", "identity_hc"]))
 def test_every_kind_of_residual_takes_a_memory(residual):
     (loss, grads), _ = differentiated("none", residual)

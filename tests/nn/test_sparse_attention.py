@@ -148,6 +148,7 @@ def losses_gradients(stage: str):
     return pull((jnp.ones(()), jnp.zeros(())))[0], pull((jnp.zeros(()), jnp.ones(())))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", only(["sparse"], ["warmup", "sparse"]))
 def test_neither_loss_has_a_gradient_for_what_the_other_trains(stage):
     """Exactly zero, and not zero where it should not be."""

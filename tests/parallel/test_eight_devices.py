@@ -45,7 +45,7 @@ MESHES = {
     "fsdp 2 context 2 tensor 2": MeshConfig(fsdp=2, context=2, tensor=2),
     "data 2 expert 2 context 2": MeshConfig(data=2, expert=2, context=2),
 }
-FAST = {("mhc", "fsdp 2 expert 4"), ("sparse", "fsdp 2 context 2 tensor 2")}
+FAST = {("mhc", "fsdp 2 expert 4")}
 
 
 def marks(part: str, mesh: str) -> list[pytest.MarkDecorator]:

@@ -184,6 +184,7 @@ def test_a_step_is_compiled_for_every_size_and_once(config_of, runs, tmp_path, m
 ELSEWHERE = [(("device", 0), ("host", HOT)), (("host", HOT), ("device", 0)), (("device", 0), ("host", 0)), (("host", 0), ("host", HOT))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", only(ELSEWHERE[1:2], ELSEWHERE), ids=str)
 def test_a_run_goes_on_with_its_tables_elsewhere(runs, tmp_path, way):
     before, after = way

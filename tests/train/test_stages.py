@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import only
 from test_step import batch_of
 
 from mhc_jax.config import override
@@ -44,7 +45,7 @@ def changed(config, steps=2) -> set[str]:
     return {name for (name, a), (_, b) in pairs if not jnp.array_equal(a, b)}
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", only(["adamw"], ["adamw", "muon"]))
 def test_the_warm_up_moves_the_indexer_alone(tiny, kind):
     config = staged(tiny, "warmup", **{"optimizer.kind": kind, "optimizer.warmup_steps": 0})
     state, _ = stepped(config, 2)

@@ -55,6 +55,7 @@ def poisoned(monkeypatch):
     return unembed
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_change_nothing_and_are_counted(tiny, tmp_path, poisoned):
     summary = train(tiny, tmp_path, say=quiet)
     assert summary["skipped_steps"] == 8 and summary["loss"] is None and summary["grad_norm"] is None

@@ -45,7 +45,7 @@ def check(p: Problem) -> None:
     ("mapping", "count", "dtype"),
     [
         (V41, 7, jnp.float32),
-        (Mapping(4, mixes=False), 70, jnp.bfloat16),
+        pytest.param(Mapping(4, mixes=False), 70, jnp.bfloat16, marks=pytest.mark.slow),
         (V4, 5, jnp.float32),
         pytest.param(Mapping(4), 64, jnp.bfloat16, marks=pytest.mark.slow),
         pytest.param(Mapping(4), 100, jnp.float32, marks=pytest.mark.slow),
