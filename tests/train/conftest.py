@@ -54,10 +54,10 @@ def compiled_once():
     known = {}
     compile_programs = loop.compile_programs
 
-    on_the_host = ("checkpoint_every", "max_nonfinite_steps", "rollback_deviations", "max_rollbacks")
+    on_the_host = ("max_nonfinite_steps", "rollback_deviations", "max_rollbacks")
 
     def remembered(config, *args):
-        key = override(config, {f"train.{name}": 8 for name in on_the_host})
+        key = override(config, {"train.checkpoint_every": config.train.eval_every, **{f"train.{name}": 8 for name in on_the_host}})
         if key not in known:
             known[key] = compile_programs(config, *args)
         return known[key]
