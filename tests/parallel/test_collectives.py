@@ -31,6 +31,7 @@ SHAPE = {
     "train.batch_size": SEQUENCES,
 }
 COLLECTIVE = re.compile(r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+FURTHER_ROUND = re.compile(r"shard_map/cond/branch_0_fun/(eval_jaxpr/)?while/body")  # in the name of an operation
 
 
 def exchanged(config, mesh):
@@ -44,7 +45,7 @@ def exchanged(config, mesh):
     with jax.set_mesh(mesh):
         text = jax.jit(lambda state, batch: gradients(state, batch, config, rules)).lower(state, batch).compile().as_text()
     for line in text.splitlines():
-        if not (found := COLLECTIVE.search(line)) or "shard_map/cond/branch_0_fun/while/body" in line:
+        if not (found := COLLECTIVE.search(line)) or FURTHER_ROUND.search(line):
             continue
         shapes, kind = found.groups()
         yield kind, [tuple(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\[([\d,]*)\]", shapes)]
