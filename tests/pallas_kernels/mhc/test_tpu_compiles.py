@@ -65,7 +65,8 @@ def test_the_model_trains_through_the_kernels_inside_its_layers():
 
     config = small(dim=128, dtype="bfloat16", num_layers=10, remat="streams")
     model = jax.eval_shape(lambda: Decoder(config, jax.random.key(0)))
-    split = NamedSharding(AbstractMesh((2, 2), ("data", "fsdp")), PartitionSpec(("data", "fsdp")))
+    mesh = AbstractMesh((2, 2, 1, 1, 1), ("data", "fsdp", "expert", "context", "tensor"))
+    split = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=split), make_batch(config, sequences=4, length=128))
     bias = jax.eval_shape(lambda: initial_router_bias(config))
     compiled = compile_for(FIRST_CHIP, jax.grad(lambda m, batch, bias: batch_loss(m, batch, bias)[0]), (model, batch, bias))
