@@ -17,14 +17,6 @@ from mhc_jax.nn import remat  # noqa: E402
 remat.LONGEST_UNROLLED = 0  # a loop over layers compiles faster; one test compares it with unrolled layers
 
 
-LONGEST = ("test_cli.py", "test_survival.py", "test_host_runs.py", "test_engram_runs.py", "test_generate.py", "test_stages.py")
-
-
-def pytest_collection_modifyitems(items):
-    """The files that take longest first, so that the workers, which take file by file, end together."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
-
-
 @pytest.fixture
 def float64():
     """64-bit arrays for one test: create them inside, everything computed from them is float64."""
