@@ -223,7 +223,7 @@ def test_plan_of_a_small_step(tmp_path, capsys):
 
 def test_a_refusal_for_want_of_memory_is_read_however_early_it_comes():
     laid_out = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 96.50G of 95.74G hbm."
-    early = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (136.5G) exceeds available HBM (95.74G)."
+    early = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, memory required for HLO temporaries (136.5G) exceeds available HBM (95.74G)."
     assert needed_bytes(laid_out, arguments=2**30) == 96.5 * 2**30
     assert needed_bytes(early, arguments=2**30) == 137.5 * 2**30
     assert needed_bytes("INTERNAL: Mosaic failed to compile", arguments=0) is None
