@@ -15,6 +15,8 @@ from mhc_jax.experiments.figures_memory import memory_blocks
 from mhc_jax.experiments.findings import findings, warnings
 from mhc_jax.experiments.published import SOURCE
 from mhc_jax.experiments.results import Results, load_results, results_json
+from mhc_jax.experiments.scaling_report import scaling_blocks
+from mhc_jax.experiments.scaling_study import is_scaling
 from mhc_jax.files import AnyPath, write_atomically, write_json
 
 
@@ -26,12 +28,13 @@ def write_report(folder: AnyPath, say: Callable[[str], None] = print) -> None:
     """
     results = load_results(folder)
     write_json(folder / "results.json", results_json(results))
-    pictures = [
-        Picture(f"figures/{spec.stem}.png", spec.title, spec.reading, render(spec, results)) for spec in FIGURES if spec.applies(results)
-    ]
-    for picture in pictures:
-        write_atomically(folder / picture.path, picture.png)
+    # Of a study over scale with its dozens of variants, figures that draw each of them cannot be read.
+    specs = [] if is_scaling(results) else [spec for spec in FIGURES if spec.applies(results)]
+    pictures = [Picture(f"figures/{spec.stem}.png", spec.title, spec.reading, render(spec, results)) for spec in specs]
     blocks = report_blocks(results, pictures)
+    for block in blocks:
+        if isinstance(block, Picture):
+            write_atomically(folder / block.path, block.png)
     write_atomically(folder / "report.md", to_markdown(blocks))
     write_atomically(folder / "report.html", to_html(results.runs.name, blocks))
     say(f"report: {folder / 'report.html'} ({len(results.records)} of {len(results.runs.runs)} runs)")
@@ -43,6 +46,7 @@ def report_blocks(results: Results, pictures: Iterable[Picture]) -> list[Block]:
         Heading(results.runs.name, level=1),
         Paragraph(results.runs.question),
         *_progress(results),
+        *(scaling_blocks(results) if is_scaling(results) else []),
         *_numbers(results),
         Heading("What was run"),
         *_what_was_run(results),
@@ -124,7 +128,7 @@ def _figures(pictures: Iterable[Picture]) -> list[Block]:
 
 def _published(results: Results) -> list[Block]:
     table = tables.published_table(results)
-    if table is None:
+    if table is None or is_scaling(results):
         return []
     summaries = [record.summary for record in results.records]
     here = f"{_range([s.parameters for s in summaries])} parameters and {_range([s.tokens for s in summaries])} tokens"
