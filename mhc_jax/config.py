@@ -356,8 +356,8 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
     nested: dict[str, dict[str, Any]] = {}
     direct: dict[str, Any] = {}
     for path, value in changes.items():
-        head, _, rest = path.partition(".")
-        if head not in {f.name for f in dataclasses.fields(config)}:
+        head, dot, rest = path.partition(".")
+        if head not in {f.name for f in dataclasses.fields(config)} or (dot and not rest):
             raise UserError(
                 f"there is no config field {path!r}; the fields here are {', '.join(f.name for f in dataclasses.fields(config))}"
             )
