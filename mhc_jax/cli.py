@@ -30,9 +30,10 @@ import tyro
 
 from mhc_jax import __version__
 from mhc_jax import configs as named
-from mhc_jax.config import RESIDUAL_KINDS, Config
+from mhc_jax.config import Config
 from mhc_jax.errors import Preempted, UserError
 from mhc_jax.files import to_path
+from mhc_jax.residual_kinds import KINDS
 from mhc_jax.typecheck import shown
 
 SHORTHANDS = {"--residual": "--model.residual", "--seed": "--train.seed", "--steps": "--train.steps"}
@@ -310,10 +311,10 @@ def _run_list(args: list[str]) -> tuple[Any, str | None]:
 
 def _check_variants(variants: Sequence[str], flag: str = "--variants") -> None:
     if not variants:
-        raise UserError(f"{flag} names no residual kind; choose from {', '.join(RESIDUAL_KINDS)}")
+        raise UserError(f"{flag} names no residual kind; choose from {', '.join(KINDS)}")
     for kind in variants:
-        if kind not in RESIDUAL_KINDS:
-            raise UserError(f"{flag}: there is no residual kind {kind!r}; choose from {', '.join(RESIDUAL_KINDS)}")
+        if kind not in KINDS:
+            raise UserError(f"{flag}: there is no residual kind {kind!r}; choose from {', '.join(KINDS)}")
         if variants.count(kind) > 1:
             raise UserError(f"{flag} names {kind} twice")
 

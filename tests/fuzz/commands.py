@@ -26,7 +26,7 @@ from .rules import FIELDS, problems
 
 NAME, SHARE, SHORT = "command line", 20, 25
 
-KINDS = ("residual", "hc", "static_hc", "mhc", "identity_hc")
+KINDS = ("residual", "hc", "static_hc", "mhc", "identity_hc", "mhc_lite", "kromhc")
 COMMANDS = ("train", "ablate", "bench", "data")
 WORDS = (
     *(
