@@ -264,7 +264,7 @@ def _noted(begun: list[Config], room: Path) -> Iterator[None]:
             mock.patch.object(step_cost, "measure", measure),
             mock.patch.object(step_cost, "table", lambda costs: ""),
             mock.patch.object(preparation, "prepare", prepare),
-            mock.patch("mhc_jax.cli._prepare_jax", lambda: None),
+            mock.patch("mhc_jax.cli.jax_setup.prepare_jax", lambda: None),
         ):
             yield
     finally:
