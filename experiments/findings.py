@@ -5,9 +5,8 @@ import math
 from mhc_jax.experiments import formats
 from mhc_jax.experiments.rates import curves, rate_findings, rate_warnings
 from mhc_jax.experiments.results import Results, Variant
+from mhc_jax.residual_kinds import KINDS
 
-# Kinds whose row sums are exact and whose entries are not negative, which bounds the composite gain by the number of streams.
-BOUNDED_KINDS = ("mhc", "identity_hc")
 ROUNDING = 1e-3  # relative; sums of float32 products over many sublayers
 
 
@@ -89,9 +88,9 @@ def _gains(results: Results) -> list[str]:
             continue
         if not math.isfinite(forward) or not math.isfinite(backward):
             lines.append(f"The composite gain of `{variant.name}` did not stay finite.")
-        elif kind in BOUNDED_KINDS and within:
+        elif KINDS[kind].bounded and within:
             kept.append((variant.name, forward, backward))
-        elif kind in BOUNDED_KINDS:
+        elif KINDS[kind].bounded:
             lines.append(f"{reach}: above the number of streams, {streams}, which its exact row sums rule out. Something is wrong.")
         elif within:
             lines.append(f"{reach}: within the number of streams, {streams}, though nothing in its form bounds it.")

@@ -9,8 +9,9 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 
 from mhc_jax import configs as named
-from mhc_jax.config import RESIDUAL_KINDS, Config
+from mhc_jax.config import Config
 from mhc_jax.errors import UserError
+from mhc_jax.residual_kinds import KINDS
 from mhc_jax.typecheck import shown
 
 Options = TypeVar("Options")
@@ -179,9 +180,9 @@ def with_config(kind: type[Options], command: str, args: list[str]) -> Options:
 def check_variants(variants: Sequence[str], flag: str = "--variants") -> None:
     """Raises UserError unless `variants` are residual kinds, each named once; `flag` is what gave them."""
     if not variants:
-        raise UserError(f"{flag} names no residual kind; choose from {', '.join(RESIDUAL_KINDS)}")
+        raise UserError(f"{flag} names no residual kind; choose from {', '.join(KINDS)}")
     for kind in variants:
-        if kind not in RESIDUAL_KINDS:
-            raise UserError(f"{flag}: there is no residual kind {kind!r}; choose from {', '.join(RESIDUAL_KINDS)}")
+        if kind not in KINDS:
+            raise UserError(f"{flag}: there is no residual kind {kind!r}; choose from {', '.join(KINDS)}")
         if variants.count(kind) > 1:
             raise UserError(f"{flag} names {kind} twice")

@@ -28,7 +28,7 @@ from .sweep_files import case as sweep_case
 
 NAME, SHARE, SHORT = "command line", 20, 25
 
-KINDS = ("residual", "hc", "static_hc", "mhc", "identity_hc")
+KINDS = ("residual", "hc", "static_hc", "mhc", "identity_hc", "mhc_lite", "kromhc")
 COMMANDS = ("train", "ablate", "bench", "data", "sweep")
 WORDS = (
     *(
