@@ -83,10 +83,14 @@ def tokens_of(config: Config) -> int:
 
 
 def is_scaling(results: Results) -> bool:
-    """Whether the list varies size and number of tokens, each at least three times, as a law needs."""
-    configs = [run.config for run in results.runs.runs]
+    """Whether the list varies size and number of tokens, each at least three times, as a law needs, and beside them nothing but the residual
+    kind and the seed: settings that differ in more would be one point."""
+    configs = [results.runs.first(variant).config for variant in results.runs.variants]
     sizes = {(config.model.dim, config.model.num_layers) for config in configs}
-    return len(sizes) >= 3 and len({tokens_of(config) for config in configs}) >= 3
+    tokens = {tokens_of(config) for config in configs}
+    if min(len(sizes), len(tokens)) < 3:
+        return False
+    return len({(c.model.residual, active_parameters(c.model), tokens_of(c)) for c in configs}) == len(configs)
 
 
 def run_losses(results: Results) -> dict[str, list[RunLoss]]:
