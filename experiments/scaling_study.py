@@ -83,7 +83,7 @@ def tokens_of(config: Config) -> int:
 
 
 def is_scaling(results: Results) -> bool:
-    """Whether the list varies size and number of tokens, each at least three times, as a law needs, and beside them nothing but the residual
+    """Whether the list varies size and number of tokens, each at least three times, as a law needs, and beside them only the residual
     kind and the seed: settings that differ in more would be one point."""
     configs = [results.runs.first(variant).config for variant in results.runs.variants]
     sizes = {(config.model.dim, config.model.num_layers) for config in configs}
