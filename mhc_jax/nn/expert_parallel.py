@@ -26,6 +26,8 @@ from mhc_jax.parallel.shards import STREAMS, on_shards, shard_count
 
 ROOM = 1.25  # of what a device sends and gets where all experts are visited alike, in one round
 
+FURTHER_ROUNDS = "further_rounds"  # scope of the loops that balanced routing does not enter
+
 OWNED = ("experts", None, None)
 
 
@@ -177,7 +179,8 @@ def _further_rounds(x: Array, inner: Array, out: Array, experts: Array, peers: P
         return number + 1, brought + _one_round(x, inner, out, travels, number)
 
     nothing = jnp.zeros((*experts.shape, x.shape[1]), x.dtype)
-    return jax.lax.while_loop(lambda carry: carry[0] < last, one_more, (jnp.ones_like(last), nothing))[1]
+    with jax.named_scope(FURTHER_ROUNDS):
+        return jax.lax.while_loop(lambda carry: carry[0] < last, one_more, (jnp.ones_like(last), nothing))[1]
 
 
 def _further_rounds_fwd(x, inner, out, experts, peers, way):
@@ -195,7 +198,8 @@ def _further_rounds_bwd(peers, way, saved, g):
         return number + 1, jax.tree.map(jnp.add, sums, pull(g))
 
     nothing = tuple(map(jnp.zeros_like, learnt))
-    _, sums = jax.lax.while_loop(lambda carry: carry[0] < last, one_more, (jnp.ones_like(last), nothing))
+    with jax.named_scope(FURTHER_ROUNDS):
+        _, sums = jax.lax.while_loop(lambda carry: carry[0] < last, one_more, (jnp.ones_like(last), nothing))
     return *sums, np.zeros(experts.shape, jax.dtypes.float0)
 
 
