@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
 from mhc_jax import configs as named
-from mhc_jax.config import RESIDUAL_KINDS, Config
+from mhc_jax.config import Config
 from mhc_jax.errors import UserError
+from mhc_jax.residual_kinds import KINDS
 from mhc_jax.typecheck import shown
 
 Options = TypeVar("Options")
@@ -42,6 +43,16 @@ class AblateList:
     """Train a named list of runs and write a report."""
 
     out: str | None = None  # folder of the runs and the report, here or in an object store; default runs/NAME
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Train the runs of a sweep and write a report, or train some of them alone, or write the job files for a cluster (docs/sweeps.md)."""
+
+    sweep: tyro.conf.Positional[str]  # FILE.py with a function sweep(), a named list, or the folder of a list
+    out: str | None = None  # folder of the runs and the report, here or in an object store; default runs/NAME
+    only: tuple[str, ...] | None = None  # names of runs, or their numbers from 1: train these, and write nothing but their folders
+    launch: Literal["slurm", "xpk"] | None = None  # write job files, and print the command that submits them, instead of training here
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,13 @@ class Data:
     """Tokenise a config's text once; runs then read the result."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True)
+class DataOfList:
+    """Tokenise the texts of a list's runs once; runs then read the result."""
+
+    sweep: tyro.conf.Positional[str]  # FILE.py with a function sweep(), a named list, or the folder of a list
 
 
 @dataclass(frozen=True)
@@ -130,9 +148,11 @@ class Ngrams:
 
 @dataclass(frozen=True)
 class Report:
-    """Draw the report of a folder again from what its runs wrote."""
+    """Print how far every run of a list is, and draw its report again from what the runs wrote."""
 
-    folder: tyro.conf.Positional[str]
+    sweep: tyro.conf.Positional[str]  # folder of the list; or FILE.py or a named list, whose folder is runs/NAME
+    csv: str | None = None  # write a row a run to this file
+    parquet: str | None = None  # the same as Parquet (needs the extra `data`)
 
 
 def with_config(kind: type[Options], command: str, args: list[str]) -> Options:
@@ -160,9 +180,9 @@ def with_config(kind: type[Options], command: str, args: list[str]) -> Options:
 def check_variants(variants: Sequence[str], flag: str = "--variants") -> None:
     """Raises UserError unless `variants` are residual kinds, each named once; `flag` is what gave them."""
     if not variants:
-        raise UserError(f"{flag} names no residual kind; choose from {', '.join(RESIDUAL_KINDS)}")
+        raise UserError(f"{flag} names no residual kind; choose from {', '.join(KINDS)}")
     for kind in variants:
-        if kind not in RESIDUAL_KINDS:
-            raise UserError(f"{flag}: there is no residual kind {kind!r}; choose from {', '.join(RESIDUAL_KINDS)}")
+        if kind not in KINDS:
+            raise UserError(f"{flag}: there is no residual kind {kind!r}; choose from {', '.join(KINDS)}")
         if variants.count(kind) > 1:
             raise UserError(f"{flag} names {kind} twice")
