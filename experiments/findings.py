@@ -3,6 +3,7 @@
 import math
 
 from mhc_jax.experiments import formats
+from mhc_jax.experiments.rates import curves, rate_findings, rate_warnings
 from mhc_jax.experiments.results import Results, Variant
 from mhc_jax.residual_kinds import KINDS
 
@@ -13,7 +14,7 @@ def findings(results: Results) -> list[str]:
     """One sentence or two a finding; empty while no run has finished."""
     if not results.variants:
         return []
-    return [*_losses(results), *_gains(results), *_incidents(results), *_cost(results)]
+    return [*_losses(results), *rate_findings(results), *_gains(results), *_incidents(results), *_cost(results)]
 
 
 def warnings(results: Results) -> list[str]:
@@ -31,7 +32,7 @@ def warnings(results: Results) -> list[str]:
             "One seed. The spread over seeds is unknown, and without it gaps of a few hundredths of a nat are noise: they can change sign "
             "with the seed."
         )
-    return notes
+    return [*notes, *rate_warnings(results)]
 
 
 def _losses(results: Results) -> list[str]:
@@ -45,7 +46,10 @@ def _losses(results: Results) -> list[str]:
         lines.append(f"`{best.name}` has the lowest held-out loss, {formats.mean(best.statistics['loss'], formats.loss)} nats.")
     else:
         lines.append(f"`{best.name}` ends at a held-out loss of {formats.mean(best.statistics['loss'], formats.loss)} nats.")
-    lines += [_gap(variant, results.baseline) for variant in finite if results.baseline and variant is not results.baseline]
+    in_grid = {name for curve in curves(results) for name in curve.variants}  # these are compared at their best rates instead
+    if results.baseline is not None:
+        others = [variant for variant in finite if variant is not results.baseline and variant.name not in in_grid]
+        lines += [_gap(variant, results.baseline) for variant in others]
     blind = [v.name for v in finite if (v.statistics["loss"].mean or 0.0) >= (v.statistics["unigram_entropy"].mean or math.inf)]
     if blind:
         lines.append(f"{_names(blind)} did not get below the unigram entropy of the held-out text, so no use of context is shown.")

@@ -14,6 +14,7 @@ from mhc_jax.experiments.figures import FIGURES, render
 from mhc_jax.experiments.figures_memory import memory_blocks
 from mhc_jax.experiments.findings import findings, warnings
 from mhc_jax.experiments.published import SOURCE
+from mhc_jax.experiments.rates import rate_blocks
 from mhc_jax.experiments.results import Results, load_results, results_json
 from mhc_jax.files import AnyPath, write_atomically, write_json
 
@@ -44,6 +45,7 @@ def report_blocks(results: Results, pictures: Iterable[Picture]) -> list[Block]:
         Paragraph(results.runs.question),
         *_progress(results),
         *_numbers(results),
+        *rate_blocks(results),
         Heading("What was run"),
         *_what_was_run(results),
         *_figures(pictures),

@@ -78,7 +78,7 @@ def sweep(name: str, question: str, base: Config, points: Iterable[Point], *, ba
     points = list(points)
     configs = [_changed(base, point, number) for number, point in enumerate(points, start=1)]
     paths = list(dict.fromkeys(path for point in points for path in point if path not in NOT_NAMED))
-    variants = _labels(configs, paths)
+    variants = labels(configs, paths)
     names = [f"{_short(variant, variants)}-seed{config.train.seed}" for variant, config in zip(variants, configs, strict=True)]
     seen: dict[str, int] = {}
     for number, run in enumerate(names, start=1):
@@ -87,6 +87,19 @@ def sweep(name: str, question: str, base: Config, points: Iterable[Point], *, ba
         seen[run] = number
     runs = tuple(Run(*each) for each in zip(names, variants, configs, strict=True))
     return RunList(name, question, runs, _baseline(name, configs, variants, baseline))
+
+
+def labels(configs: Sequence[Config], paths: Sequence[str]) -> list[str]:
+    """What tells each config from the others, in words; equal where the fields at `paths` are, and `base` where those are equal in all."""
+    parts: list[list[str]] = [[] for _ in configs]
+    varying = [path for path in paths if any(value_at(c, path) != value_at(configs[0], path) for c in configs)]
+    for path in sorted(varying, key=lambda path: path != "model.residual"):
+        last = path.rpartition(".")[2]
+        title = last if sum(other.rpartition(".")[2] == last for other in varying) == 1 else path
+        values = [value_at(config, path) for config in configs]
+        for part, text in zip(parts, _texts(values), strict=True):
+            part.append(text if path == "model.residual" else f"{title}={text}")
+    return [" ".join(part) or "base" for part in parts]
 
 
 def value_at(config: Config, path: str) -> Any:
@@ -114,19 +127,6 @@ def _changed(base: Config, point: Point, number: int) -> Config:
     except UserError as error:
         changes = ", ".join(f"{path} = {shown(value)}" for path, value in point.items())
         raise UserError(f"point {number} of the sweep ({changes}): {error}") from error
-
-
-def _labels(configs: Sequence[Config], paths: Sequence[str]) -> list[str]:
-    """What tells each config from the others, in words; equal where the fields at `paths` are."""
-    parts: list[list[str]] = [[] for _ in configs]
-    varying = [path for path in paths if any(value_at(c, path) != value_at(configs[0], path) for c in configs)]
-    for path in sorted(varying, key=lambda path: path != "model.residual"):
-        last = path.rpartition(".")[2]
-        title = last if sum(other.rpartition(".")[2] == last for other in varying) == 1 else path
-        values = [value_at(config, path) for config in configs]
-        for part, text in zip(parts, _texts(values), strict=True):
-            part.append(text if path == "model.residual" else f"{title}={text}")
-    return [" ".join(part) or "base" for part in parts]
 
 
 def _texts(values: Sequence[Any]) -> list[str]:

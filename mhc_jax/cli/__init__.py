@@ -2,8 +2,9 @@
 
 mhc-jax train NAME    one run
 mhc-jax ablate NAME   the residual variants of a config, and a report
+mhc-jax sweep FILE.py the runs of a sweep written in Python, here or as jobs of a cluster, and a report
 mhc-jax study NAME    a question that no list of runs fits, such as one of cost, and a report
-mhc-jax report DIR    draws a report of `ablate` again
+mhc-jax report DIR    how far the runs of `ablate` or `sweep` are, and their report drawn again
 mhc-jax generate RUN  continues a text with what a run has learnt
 mhc-jax data NAME     tokenises a config's text once
 mhc-jax bench NAME    step time and memory of the variants, side by side
@@ -41,6 +42,7 @@ class Command:
 COMMANDS = {
     "train": Command(training.train, FROM_CHECKPOINT),
     "ablate": Command(training.ablate, FROM_CHECKPOINT),
+    "sweep": Command(training.sweep, FROM_CHECKPOINT),
     "study": Command(training.study, FROM_WHAT_IS_THERE),
     "report": Command(training.report),
     "generate": Command(training.generate),

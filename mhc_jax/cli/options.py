@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
@@ -46,6 +46,16 @@ class AblateList:
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """Train the runs of a sweep and write a report, or train some of them alone, or write the job files for a cluster (docs/sweeps.md)."""
+
+    sweep: tyro.conf.Positional[str]  # FILE.py with a function sweep(), a named list, or the folder of a list
+    out: str | None = None  # folder of the runs and the report, here or in an object store; default runs/NAME
+    only: tuple[str, ...] | None = None  # names of runs, or their numbers from 1: train these, and write nothing but their folders
+    launch: Literal["slurm", "xpk"] | None = None  # write job files, and print the command that submits them, instead of training here
+
+
+@dataclass(frozen=True)
 class StudyOptions:
     """Answer a named question and write a report; the same command again goes on from what is there."""
 
@@ -78,6 +88,13 @@ class Data:
     """Tokenise a config's text once; runs then read the result."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True)
+class DataOfList:
+    """Tokenise the texts of a list's runs once; runs then read the result."""
+
+    sweep: tyro.conf.Positional[str]  # FILE.py with a function sweep(), a named list, or the folder of a list
 
 
 @dataclass(frozen=True)
@@ -131,9 +148,11 @@ class Ngrams:
 
 @dataclass(frozen=True)
 class Report:
-    """Draw the report of a folder again from what its runs wrote."""
+    """Print how far every run of a list is, and draw its report again from what the runs wrote."""
 
-    folder: tyro.conf.Positional[str]
+    sweep: tyro.conf.Positional[str]  # folder of the list; or FILE.py or a named list, whose folder is runs/NAME
+    csv: str | None = None  # write a row a run to this file
+    parquet: str | None = None  # the same as Parquet (needs the extra `data`)
 
 
 def with_config(kind: type[Options], command: str, args: list[str]) -> Options:

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING
 import tyro
 
 from mhc_jax.cli import jax_setup
-from mhc_jax.cli.options import Ablate, AblateList, Data, Generate, Report, StudyOptions, Train, check_variants, with_config
+from mhc_jax.cli.options import (
+    Ablate,
+    AblateList,
+    Data,
+    DataOfList,
+    Generate,
+    Report,
+    StudyOptions,
+    Sweep,
+    Train,
+    check_variants,
+    with_config,
+)
 from mhc_jax.errors import UserError
 from mhc_jax.files import to_path
 from mhc_jax.typecheck import shown
@@ -67,6 +79,39 @@ def _run_list(args: list[str]) -> tuple["RunList", str | None]:
     return ablation(options.config, kinds=options.variants, seeds=options.seeds), options.out
 
 
+def sweep(args: list[str]) -> None:
+    """The runs of a sweep here, or the job files for them."""
+    options = tyro.cli(Sweep, prog="mhc-jax sweep", args=args)
+    from mhc_jax.experiments.sweep_files import check_unchanged, chosen, open_list
+
+    runs, folder = open_list(options.sweep, options.out)
+    if not runs.command:
+        runs = dataclasses.replace(runs, command=shlex.join(["mhc-jax", "sweep", *args]))
+    some = runs.runs if options.only is None else chosen(runs, options.only)
+    if options.launch is not None:
+        from mhc_jax.experiments.launch import launch
+
+        command = launch(options.launch, runs, some, folder)
+        print(f"{len(some)} runs, none submitted yet; submit them:\n  {command}\nat any time, how far they are:\n  mhc-jax report {folder}")
+        return
+    if options.only is not None:
+        check_unchanged(some, folder)
+    jax_setup.prepare_jax()
+    import jax
+
+    from mhc_jax.experiments.memory_study import studied
+    from mhc_jax.experiments.runlist import follow, run_list, run_some
+    from mhc_jax.parallel.processes import joined
+    from mhc_jax.train import loop
+
+    with joined():
+        first = jax.process_index() == 0
+        if options.only is not None:
+            run_some(some, folder, studied(loop.train), say=print if first else lambda line: None)
+        else:
+            (run_list if first else follow)(runs, folder, studied(loop.train))
+
+
 def study(args: list[str]) -> None:
     """A question that no list of runs fits."""
     from mhc_jax.experiments.studies import STUDIES
@@ -81,11 +126,26 @@ def study(args: list[str]) -> None:
 
 
 def report(args: list[str]) -> None:
-    """The report of a folder, drawn again."""
+    """How far a list is, and its report drawn again."""
     options = tyro.cli(Report, prog="mhc-jax report", args=args)
+    from mhc_jax.experiments import progress
     from mhc_jax.experiments.report import write_report
+    from mhc_jax.experiments.runs import load_runs, save_runs
+    from mhc_jax.experiments.sweep_files import LIST, open_list
 
-    write_report(to_path(options.folder))
+    folder = to_path(options.sweep)
+    if not (folder / LIST).exists():
+        runs, folder = open_list(options.sweep)
+        if not (folder / LIST).exists():
+            save_runs(dataclasses.replace(runs, command=shlex.join(["mhc-jax", "sweep", options.sweep])), folder)
+    runs = load_runs(folder)
+    rows = progress.progress(runs, folder)
+    print(progress.table(runs, rows), flush=True)
+    if options.csv is not None:
+        progress.write_csv(progress.columns(runs, rows), to_path(options.csv))
+    if options.parquet is not None:
+        progress.write_parquet(progress.columns(runs, rows), to_path(options.parquet))
+    write_report(folder)
 
 
 def generate(args: list[str]) -> None:
@@ -115,10 +175,16 @@ def generate(args: list[str]) -> None:
 
 
 def data(args: list[str]) -> None:
-    """A config's text, tokenised."""
-    options = with_config(Data, "data", args)
+    """A config's text, or that of a list's runs, tokenised."""
     from mhc_jax.data.prepare import prepare
+    from mhc_jax.experiments.sweep_files import names_list, open_list
 
-    prepared = prepare(options.config.data, options.config.model.vocab_size, progress=print)
-    for source in prepared.sources:
-        print(source.folder)
+    if args and names_list(args[0]):
+        target = tyro.cli(DataOfList, prog="mhc-jax data", args=args).sweep
+        wanted = dict.fromkeys((run.config.data, run.config.model.vocab_size) for run in open_list(target)[0].runs)
+    else:
+        config = with_config(Data, "data", args).config
+        wanted = {(config.data, config.model.vocab_size): None}
+    for config_data, vocab_size in wanted:
+        for source in prepare(config_data, vocab_size, progress=print).sources:
+            print(source.folder)

@@ -18,7 +18,7 @@ from mhc_jax.experiments.runs import Run, RunList, save_runs
 EXTERNAL = re.compile(r"""(src|href)\s*=\s*(?!"data:)|url\(|<script|@import|<link""")
 
 
-ABLATION = [spec for spec in FIGURES if spec.stem not in ("allocation", "gates")]  # figures of a complete ablation
+ABLATION = [spec for spec in FIGURES if spec.stem not in ("learning_rates", "allocation", "gates")]  # figures of a complete ablation
 
 
 def quiet(line):

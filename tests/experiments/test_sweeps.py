@@ -75,6 +75,7 @@ def test_long_names_stay_different():
         (lambda: sweep("s", "?", tiny_config(), []), "'s' holds no runs"),
         (lambda: sweep("s", "?", tiny_config(), [3]), "point 1 of the sweep is 3"),
         (lambda: sweep("s", "?", tiny_config(), field("train.learning_rate", 1.0)), r"point 1 of the sweep \(train.learning_rate = 1.0\)"),
+        (lambda: sweep("s", "?", tiny_config(), field("train.seed.", 1)), "there is no config field 'seed.'"),
         (lambda: sweep("s", "?", tiny_config(), field(KIND, "mhc", "mch")), r"point 2 of the sweep \(model.residual = 'mch'\)"),
         (
             lambda: sweep("s", "?", tiny_config(), field(RATE, 1e-3, 2e-3, 1e-3)),
