@@ -89,7 +89,8 @@ class ModelConfig:
     norm_eps: float = 1e-20  # of every RMSNorm
     init_std: float = 0.006  # of weight matrices and embeddings
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of streams and matrix products; coefficients, router and norms are float32
-    remat: Literal["none", "streams", "matmuls", "full"] = "full"  # what the backward pass recomputes of a layer, see nn/remat.py
+    # What the backward pass recomputes of a layer, see nn/remat.py.
+    remat: Literal["none", "streams", "matmuls", "attention", "full"] = "full"
     loss_chunk: int = 512  # tokens of each sequence whose logits exist at a time
 
 

@@ -93,7 +93,7 @@ FIELDS: dict[str, Rule] = {
     "model.norm_eps": positive,
     "model.init_std": positive,
     "model.dtype": choice("float32", "bfloat16"),
-    "model.remat": choice("none", "streams", "matmuls", "full"),
+    "model.remat": choice("none", "streams", "matmuls", "attention", "full"),
     "model.loss_chunk": whole(1),
     "optimizer.learning_rate": positive,
     "optimizer.kind": choice("adamw", "muon"),

@@ -1,5 +1,7 @@
 """The whole network: equal to the plain pre-norm model at step 0, alive after two steps, causal, and the same under every remat policy."""
 
+import re
+from collections import Counter
 from functools import cache
 
 import jax
@@ -161,7 +163,7 @@ def differentiated(policy: str, unrolled: bool = True):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", only(["full"], ["streams", "matmuls", "full"]))
+@pytest.mark.parametrize("policy", only(["full"], ["streams", "matmuls", "attention", "full"]))
 def test_remat_policies_save_memory_and_leave_gradients_alone(policy):
     loss, grads, memory = differentiated(policy)
     loss_kept, grads_kept, memory_kept = differentiated("none")
@@ -172,17 +174,24 @@ def test_remat_policies_save_memory_and_leave_gradients_alone(policy):
 
 def test_recomputed_streams_run_no_sublayer_again():
     """Under `streams` the backward pass repeats the seams' projections, one a sublayer, and no other product and no routing."""
+    repeated = operations("streams") - operations("none")
+    assert (repeated["dot_general"], repeated["top_k"]) == (2, 0)
 
-    def operations(policy: str) -> tuple[int, int]:
-        config = small(remat=policy, dense_layers=0)
-        model, batch = make(small(dense_layers=0)), make_batch(config)
-        model.config = config
-        text = str(jax.make_jaxpr(jax.grad(lambda m: batch_loss(m, batch, initial_router_bias(config))[0]))(model))
-        return text.count("dot_general["), text.count("top_k[")
 
-    (dots, choices), (dots_kept, choices_kept) = operations("streams"), operations("none")
-    assert dots == dots_kept + 2
-    assert choices == choices_kept
+def test_kept_attention_runs_once():
+    """Under `attention` the backward pass repeats what `full` does, but for the products of the two blocks of queries, three each."""
+    spared = operations("full") - operations("attention")
+    assert (spared["dot_general"], spared["top_k"]) == (6, 0) and spared["exp"] == 2
+
+
+@cache
+def operations(policy: str) -> Counter[str]:
+    """Primitives of the gradient's program."""
+    config = small(remat=policy, dense_layers=0)
+    model, batch = make(small(dense_layers=0)), make_batch(config)
+    model.config = config
+    text = str(jax.make_jaxpr(jax.grad(lambda m: batch_loss(m, batch, initial_router_bias(config))[0]))(model))
+    return Counter(re.findall(r"= (\w+)[\[ ]", text))
 
 
 @pytest.mark.slow

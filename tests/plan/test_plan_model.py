@@ -119,6 +119,15 @@ def test_loops_multiply_and_waits_show_what_is_not_hidden():
     assert step.seconds == pytest.approx(sum(step.by_part().values()))
 
 
+def test_rounds_that_balanced_routing_does_not_need_are_left_out_and_a_note_says_so():
+    text = HLO.replace(
+        "condition=%condition, body=%body", 'condition=%condition, body=%body, metadata={op_name="experts/further_rounds/while"}'
+    )
+    step = model_step(parse_module(text), {}, parse("v5e:4x4"), SQUARE)
+    assert "product" not in {operation.name for operation in step.operations}
+    assert any("uneven routing" in note for note in step.notes)
+
+
 def test_collective_kinds_cost_what_the_model_says():
     module = parse_module(HLO)
     topology = parse("v5e:4x4")
