@@ -15,7 +15,7 @@ from mhc_jax.experiments.figures_memory import memory_blocks
 from mhc_jax.experiments.findings import findings, warnings
 from mhc_jax.experiments.published import SOURCE
 from mhc_jax.experiments.rates import rate_blocks
-from mhc_jax.experiments.results import Results, load_results, results_json
+from mhc_jax.experiments.results import MOST_SHOWN, Results, load_results, lowest, results_json
 from mhc_jax.files import AnyPath, write_atomically, write_json
 
 
@@ -27,8 +27,11 @@ def write_report(folder: AnyPath, say: Callable[[str], None] = print) -> None:
     """
     results = load_results(folder)
     write_json(folder / "results.json", results_json(results))
+    drawn = lowest(results)
     pictures = [
-        Picture(f"figures/{spec.stem}.png", spec.title, spec.reading, render(spec, results)) for spec in FIGURES if spec.applies(results)
+        Picture(f"figures/{spec.stem}.png", spec.title, spec.reading, render(spec, own))
+        for spec in FIGURES
+        if spec.applies(own := results if spec.whole else drawn)
     ]
     for picture in pictures:
         write_atomically(folder / picture.path, picture.png)
@@ -69,6 +72,9 @@ def _numbers(results: Results) -> list[Block]:
     blocks: list[Block] = [Heading("Findings"), *(Paragraph(text, note=True) for text in warnings(results)), Items(findings(results))]
     gap = f" A gap is the difference to `{results.runs.baseline}` with the same seed." if results.runs.baseline else ""
     spread = " ± is the standard deviation over seeds." if any(len(variant.records) > 1 for variant in results.variants) else ""
+    if lowest(results) is not results:
+        which = f"the {MOST_SHOWN} variants with the lowest loss{' and the baseline' if results.runs.baseline else ''}"
+        blocks.append(Paragraph(f"Findings and figures that go variant by variant are of {which}; the tables hold all."))
     return [
         *blocks,
         Heading("Numbers"),
