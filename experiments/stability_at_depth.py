@@ -96,8 +96,8 @@ def run(folder: AnyPath, command: str, say: Say, source: AnyPath) -> None:
 def _introduction(source: AnyPath) -> list[Block]:
     return [
         Paragraph(
-            f"A simulation from the mappings that the runs in `{source}` ended with, and no training of anything deeper. {DRAWS:,} models are "
-            "drawn for each depth; a gain is the largest absolute row sum (forward) or column sum (backward) of a product of H_res. "
+            f"A simulation from the mappings that the runs in `{source}` ended with, and no training of anything deeper. {DRAWS:,} models "
+            "are drawn for each depth; a gain is the largest absolute row sum (forward) or column sum (backward) of a product of H_res. "
             + PUBLISHED
         ),
         Heading("What is assumed"),

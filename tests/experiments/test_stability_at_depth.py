@@ -14,6 +14,7 @@ from mhc_jax.experiments.ablation import ablation
 from mhc_jax.experiments.runs import run_folder, save_runs
 from mhc_jax.experiments.stability import KINDS, SETTINGS, stability
 from mhc_jax.experiments.stability_at_depth import gains_of, resampled
+from mhc_jax.experiments.studies import SOURCES
 from pallas_kernels.mhc import sinkhorn
 
 PERMUTATION = np.eye(4)[[2, 0, 3, 1]]
@@ -111,4 +112,4 @@ def test_every_run_of_the_list_is_depth30_at_another_depth_or_width():
         )
         assert (m.dense_dim, m.moe.expert_dim) == (3 * m.dim, m.dim)
     assert 2 * max(run.config.model.num_layers for run in runs) == 2 * get("moe_1t").model.num_layers == 122
-    assert stability_at_depth.NAME != stability().name
+    assert {stability_at_depth.NAME: stability().name} == SOURCES
