@@ -15,7 +15,7 @@ from mhc_jax.experiments.figures_memory import memory_blocks
 from mhc_jax.experiments.findings import findings, warnings
 from mhc_jax.experiments.published import SOURCE
 from mhc_jax.experiments.rates import rate_blocks
-from mhc_jax.experiments.results import Results, load_results, results_json
+from mhc_jax.experiments.results import MOST_SHOWN, Results, load_results, lowest, results_json
 from mhc_jax.experiments.scaling_report import scaling_blocks
 from mhc_jax.experiments.scaling_study import is_scaling
 from mhc_jax.files import AnyPath, write_atomically, write_json
@@ -29,9 +29,14 @@ def write_report(folder: AnyPath, say: Callable[[str], None] = print) -> None:
     """
     results = load_results(folder)
     write_json(folder / "results.json", results_json(results))
+    drawn = lowest(results)
     # Of a study over scale with its dozens of variants, figures that draw each of them cannot be read.
-    specs = [] if is_scaling(results) else [spec for spec in FIGURES if spec.applies(results)]
-    pictures = [Picture(f"figures/{spec.stem}.png", spec.title, spec.reading, render(spec, results)) for spec in specs]
+    specs = () if is_scaling(results) else FIGURES
+    pictures = [
+        Picture(f"figures/{spec.stem}.png", spec.title, spec.reading, render(spec, own))
+        for spec in specs
+        if spec.applies(own := results if spec.whole else drawn)
+    ]
     blocks = report_blocks(results, pictures)
     for block in blocks:
         if isinstance(block, Picture):
@@ -73,6 +78,9 @@ def _numbers(results: Results) -> list[Block]:
     blocks: list[Block] = [Heading("Findings"), *(Paragraph(text, note=True) for text in warnings(results)), Items(findings(results))]
     gap = f" A gap is the difference to `{results.runs.baseline}` with the same seed." if results.runs.baseline else ""
     spread = " ± is the standard deviation over seeds." if any(len(variant.records) > 1 for variant in results.variants) else ""
+    if lowest(results) is not results:
+        which = f"the {MOST_SHOWN} variants with the lowest loss{' and the baseline' if results.runs.baseline else ''}"
+        blocks.append(Paragraph(f"Findings and figures that go variant by variant are of {which}; the tables hold all."))
     return [
         *blocks,
         Heading("Numbers"),
