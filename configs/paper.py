@@ -26,6 +26,7 @@ def _paper(name: str, *, layers: int, dim: int, heads: int, expert_dim: int, exp
             dense_dim=(6 + 2) * expert_dim,
             attention=AttentionConfig(num_heads=heads),
             moe=MoEConfig(num_experts=experts, top_k=6, shared_experts=2, expert_dim=expert_dim),
+            remat="attention",
         ),
         optimizer=OptimizerConfig(learning_rate=lr),
         data=DataConfig(seq_len=4096),
@@ -55,7 +56,7 @@ def paper_27b() -> Config:
     """27.0B parameters, 4.14B active, 262B tokens: the paper's stability ablation.
 
     Expect: mHC ends 0.021 nats below the plain residual; HC's composite gain peaks near 3000, mHC's near 1.6.
-    Command: mhc-jax ablate 27b --mesh.fsdp 256
+    Command: mhc-jax ablate 27b --mesh.fsdp 32 --mesh.data 4, on v5p:4x4x8 (docs/plan.md)
     """
     return _paper("27b", layers=30, dim=2560, heads=32, expert_dim=1536, experts=72, batch=1280, steps=50_000, lr=4.0e-4)
 

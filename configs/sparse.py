@@ -4,7 +4,10 @@ The published recipe is three runs, each beginning with the parameters of the on
 the indexer alone (`--model.attention.sparse.stage warmup`), sparse attention.
 """
 
+import dataclasses
+
 from mhc_jax.config import AttentionConfig, Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, RopeConfig, TrainConfig
+from mhc_jax.configs.large import v3_671b
 from mhc_jax.sparse_config import SparseConfig
 
 
@@ -17,28 +20,12 @@ def deepseek_v32() -> Config:
     The warm-up before it: --model.attention.sparse.stage warmup --optimizer.learning-rate 1e-3 --train.steps 1000 --train.batch-size 16.
     Command: mhc-jax train deepseek_v32 --train.init-from RUN --mesh.fsdp 480 (a whole slice; see docs/sparse_attention.md)
     """
+    v3 = v3_671b().model
+    attention = dataclasses.replace(v3.attention, rope=RopeConfig(yarn_factor=40.0), sparse=SparseConfig())
+    moe = dataclasses.replace(v3.moe, bias_rate=0.0)  # as in the last 500B tokens of DeepSeek-V3's own training
     return Config(
         name="deepseek_v32",
-        model=ModelConfig(
-            residual="residual",
-            vocab_size=129_280,
-            num_layers=61,
-            dim=7168,
-            dense_layers=3,
-            dense_dim=18_432,
-            attention=AttentionConfig(num_heads=128, q_rank=1536, rope=RopeConfig(yarn_factor=40.0), sparse=SparseConfig()),
-            moe=MoEConfig(
-                num_experts=256,
-                top_k=8,
-                shared_experts=1,
-                expert_dim=2048,
-                num_groups=8,
-                top_groups=4,
-                routed_scaling=2.5,
-                bias_rate=0.0,  # as in the last 500B tokens of DeepSeek-V3's own training
-            ),
-            norm_eps=1e-6,
-        ),
+        model=dataclasses.replace(v3, attention=attention, moe=moe),
         optimizer=OptimizerConfig(learning_rate=7.3e-6, warmup_steps=0, decay_points=(1.0, 1.0), decay_factors=(1.0, 1.0)),
         data=DataConfig(seq_len=131_072),
         train=TrainConfig(steps=15_000, batch_size=480, eval_sequences=480),

@@ -1,5 +1,5 @@
-"""The catalogue of figures: what each is called, how it is read, when it applies. The drawing is in figures_steps, figures_depth
-and figures_memory."""
+"""The catalogue of figures: what each is called, how it is read, when it applies. The drawing is in figures_steps, figures_depth,
+figures_memory and figures_rates."""
 
 import io
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from mhc_jax.experiments.figures_depth import (
     with_sinkhorn,
 )
 from mhc_jax.experiments.figures_memory import allocation_figure, gates_figure, has_gates, is_allocation
+from mhc_jax.experiments.figures_rates import is_rate_grid, rates_figure
 from mhc_jax.experiments.figures_steps import attention_logit_figure, gain_over_time_figure, gradient_figure, loss_figure
 from mhc_jax.experiments.results import Results
 from mhc_jax.experiments.style import styled
@@ -32,6 +33,7 @@ class FigureSpec:
     reading: str  # two sentences: what is drawn, and what to look for
     draw: Callable[[Results], Figure]
     applies: Callable[[Results], bool]
+    whole: bool = False  # draws the list as a whole, however many variants it has; the others draw each variant
 
 
 FIGURES = (
@@ -114,6 +116,16 @@ FIGURES = (
         lambda results: bool(with_sinkhorn(results)),
     ),
     FigureSpec(
+        "learning_rates",
+        "Loss over the learning rate",
+        "Held-out loss of every run over its learning rate; a line goes through the means over seeds, and a ring marks the best rate of "
+        "each setting. A curve whose ring lies at its end has not shown its best rate, and curves that cross rank differently at different "
+        "rates.",
+        rates_figure,
+        is_rate_grid,
+        whole=True,
+    ),
+    FigureSpec(
         "allocation",
         "Loss over the share of experts",
         "Held-out loss of every run over rho, the share of the sparse parameters that are experts; the rest are Engram's tables. A dip "
@@ -121,6 +133,7 @@ FIGURES = (
         "can move them.",
         allocation_figure,
         is_allocation,
+        whole=True,
     ),
     FigureSpec(
         "gates",

@@ -3,10 +3,11 @@
 import math
 
 from mhc_jax.experiments import formats
-from mhc_jax.experiments.results import Results, Variant
+from mhc_jax.experiments.rates import curves, rate_findings, rate_warnings
+from mhc_jax.experiments.results import Results, Variant, lowest
+from mhc_jax.residual_kinds import KINDS
 
-# Kinds whose row sums are exact and whose entries are not negative, which bounds the composite gain by the number of streams.
-BOUNDED_KINDS = ("mhc", "identity_hc")
+MOST_NAMES = 6
 ROUNDING = 1e-3  # relative; sums of float32 products over many sublayers
 
 
@@ -14,7 +15,8 @@ def findings(results: Results) -> list[str]:
     """One sentence or two a finding; empty while no run has finished."""
     if not results.variants:
         return []
-    return [*_losses(results), *_gains(results), *_incidents(results), *_cost(results)]
+    few = lowest(results)
+    return [*_losses(results), *rate_findings(results), *_gains(few), *_incidents(results), *_cost(few)]
 
 
 def warnings(results: Results) -> list[str]:
@@ -32,7 +34,7 @@ def warnings(results: Results) -> list[str]:
             "One seed. The spread over seeds is unknown, and without it gaps of a few hundredths of a nat are noise: they can change sign "
             "with the seed."
         )
-    return notes
+    return [*notes, *rate_warnings(results)]
 
 
 def _losses(results: Results) -> list[str]:
@@ -46,7 +48,11 @@ def _losses(results: Results) -> list[str]:
         lines.append(f"`{best.name}` has the lowest held-out loss, {formats.mean(best.statistics['loss'], formats.loss)} nats.")
     else:
         lines.append(f"`{best.name}` ends at a held-out loss of {formats.mean(best.statistics['loss'], formats.loss)} nats.")
-    lines += [_gap(variant, results.baseline) for variant in finite if results.baseline and variant is not results.baseline]
+    in_grid = {name for curve in curves(results) for name in curve.variants}  # these are compared at their best rates instead
+    if results.baseline is not None:
+        told = [variant for variant in lowest(results).variants if variant in finite and variant.name not in in_grid]
+        others = [variant for variant in told if variant is not results.baseline]
+        lines += [_gap(variant, results.baseline) for variant in others]
     blind = [v.name for v in finite if (v.statistics["loss"].mean or 0.0) >= (v.statistics["unigram_entropy"].mean or math.inf)]
     if blind:
         lines.append(f"{_names(blind)} did not get below the unigram entropy of the held-out text, so no use of context is shown.")
@@ -85,9 +91,9 @@ def _gains(results: Results) -> list[str]:
             continue
         if not math.isfinite(forward) or not math.isfinite(backward):
             lines.append(f"The composite gain of `{variant.name}` did not stay finite.")
-        elif kind in BOUNDED_KINDS and within:
+        elif KINDS[kind].bounded and within:
             kept.append((variant.name, forward, backward))
-        elif kind in BOUNDED_KINDS:
+        elif KINDS[kind].bounded:
             lines.append(f"{reach}: above the number of streams, {streams}, which its exact row sums rule out. Something is wrong.")
         elif within:
             lines.append(f"{reach}: within the number of streams, {streams}, though nothing in its form bounds it.")
@@ -125,12 +131,18 @@ def _cost(results: Results) -> list[str]:
     if results.baseline is None:
         return []
     parts = []
+    rate = results.baseline.records[0].config.optimizer.learning_rate
+    in_grid = {name for curve in curves(results) for name in curve.variants}
     for variant in results.variants:
         ratio = variant.statistics["step_time_ratio"].mean
-        if variant is not results.baseline and ratio is not None:
+        same_rate = variant.records[0].config.optimizer.learning_rate == rate  # another takes no other time
+        if variant is not results.baseline and ratio is not None and (same_rate or variant.name not in in_grid):
             parts.append(f"`{variant.name}` {ratio:.2f} times")
     return [f"Step time relative to `{results.baseline.name}`: {', '.join(parts)}."] if parts else []
 
 
 def _names(names: list[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
+    """All of a few names; of the dozens that a sweep has, the first ones."""
+    shown = names if len(names) <= MOST_NAMES else names[: MOST_NAMES - 1]
+    text = ", ".join(f"`{name}`" for name in shown)
+    return text if len(shown) == len(names) else f"{text} and {len(names) - len(shown)} others"

@@ -3,7 +3,7 @@
 It decides what to skip, resume and refuse. How a run is trained is the business of the function it is handed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mhc_jax.config import Config
@@ -17,7 +17,7 @@ from mhc_jax.train.folder import finished
 Say = Callable[[str], None]
 Train = Callable[[Config, AnyPath], dict[str, Any]]
 
-__all__ = ["Run", "RunList", "Train", "follow", "run_list"]
+__all__ = ["Run", "RunList", "Train", "follow", "run_list", "run_some"]
 
 
 def run_list(runs: RunList, folder: AnyPath, train: Train, *, say: Say = print) -> Results:
@@ -33,7 +33,7 @@ def run_list(runs: RunList, folder: AnyPath, train: Train, *, say: Say = print) 
     Raises:
       UserError: a run folder holds another config. Checked for all runs before the first is trained.
     """
-    done = _done(runs, folder)
+    done = _done(runs.runs, folder)
     save_runs(runs, folder)
     write_report(folder, say)
     for number, run in enumerate(runs.runs, start=1):
@@ -50,11 +50,26 @@ def run_list(runs: RunList, folder: AnyPath, train: Train, *, say: Say = print) 
 
 def follow(runs: RunList, folder: AnyPath, train: Train) -> None:
     """What all processes but the first of several do beside its `run_list`: they train the same runs, and write nothing."""
-    done = _done(runs, folder)
+    done = _done(runs.runs, folder)
     for run in runs.runs:
         if run.name not in done:
             train(run.config, run_folder(folder, run))
 
 
-def _done(runs: RunList, folder: AnyPath) -> set[str]:
-    return {run.name for run in runs.runs if finished(run.config, run_folder(folder, run)) is not None}
+def run_some(runs: Sequence[Run], folder: AnyPath, train: Train, *, say: Say = print) -> None:
+    """Trains some runs of a list and writes nothing but their own folders, so that many tasks may do so at once.
+
+    Raises:
+      UserError: as `run_list`, for these runs.
+    """
+    done = _done(runs, folder)
+    for run in runs:
+        if run.name in done:
+            say(f"{run.name}: finished before, skipped")
+            continue
+        loss = train(run.config, run_folder(folder, run))["loss"]
+        say(f"{run.name}: held-out loss {'not finite' if loss is None else f'{loss:.4f}'}")
+
+
+def _done(runs: Sequence[Run], folder: AnyPath) -> set[str]:
+    return {run.name for run in runs if finished(run.config, run_folder(folder, run)) is not None}

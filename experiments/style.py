@@ -17,9 +17,18 @@ from mhc_jax.experiments.results import Results
 WIDTH = 9.0  # inches of every figure; text is sized for this width
 
 # Okabe and Ito's palette, told apart with every common colour blindness; a residual kind has the same colour in every figure.
-COLOURS = {"residual": "#6b6b6b", "hc": "#D55E00", "static_hc": "#E69F00", "mhc": "#0072B2", "identity_hc": "#009E73"}
+COLOURS = {
+    "residual": "#6b6b6b",
+    "hc": "#D55E00",
+    "static_hc": "#E69F00",
+    "mhc": "#0072B2",
+    "identity_hc": "#009E73",
+    "mhc_lite": "#56B4E9",
+    "kromhc": "#CC79A7",
+}
+REGISTERED = ("#000000", "#8c6d1f", "#5d3a9b")  # kinds from outside the library, in the order of a list
 # Curves often lie on top of each other, as gains of exactly 1 do; drawn from wide to narrow, each stays visible.
-WIDTHS = {"residual": 3.8, "static_hc": 2.6, "hc": 2.2, "mhc": 2.2, "identity_hc": 1.2}
+WIDTHS = {"residual": 3.8, "static_hc": 2.6, "hc": 2.2, "mhc": 2.2, "mhc_lite": 1.7, "identity_hc": 1.2, "kromhc": 1.2}
 # Variants of one residual kind, as in a sweep, share its colour and differ in dashes, marker and lightness.
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.5), (1.5, 1.5), (7, 1.5, 1.5, 1.5), (9, 3))
 MARKERS = ("o", "s", "^", "D", "v")
@@ -66,15 +75,16 @@ def line_styles(results: Results) -> dict[str, LineStyle]:
     of_kind: dict[str, list[str]] = {}
     for name in results.runs.variants:
         of_kind.setdefault(results.runs.first(name).config.model.residual, []).append(name)
+    colours = {kind: REGISTERED[index % 3] for index, kind in enumerate(kind for kind in of_kind if kind not in COLOURS)} | COLOURS
     styles = {}
     for kind, names in of_kind.items():
-        base = np.array(to_rgb(COLOURS[kind]))
+        base, width = np.array(to_rgb(colours[kind])), WIDTHS.get(kind, 1.7)
         for index, name in enumerate(names):
             light = 0.6 * index / len(names)
             red, green, blue = base + (1 - base) * light
             # Dashes are lengths in line widths; this keeps them equally long for wide and narrow lines.
-            dashes = tuple(2 * length / WIDTHS[kind] for length in DASHES[index % len(DASHES)])
-            styles[name] = LineStyle((red, green, blue), dashes, MARKERS[index % len(MARKERS)], WIDTHS[kind])
+            dashes = tuple(2 * length / width for length in DASHES[index % len(DASHES)])
+            styles[name] = LineStyle((red, green, blue), dashes, MARKERS[index % len(MARKERS)], width)
     return styles
 
 

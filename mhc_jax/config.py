@@ -8,16 +8,14 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from mhc_jax.engram_config import EngramConfig, check_engram
 from mhc_jax.errors import UserError
 from mhc_jax.mesh_config import MeshConfig, check_mesh, divides
+from mhc_jax.residual_kinds import KINDS, MOST_COLUMNS
 from mhc_jax.sparse_config import SparseConfig, check_sparse
 from mhc_jax.typecheck import check_types, group_of, shown
-
-ResidualKind = Literal["residual", "hc", "static_hc", "mhc", "identity_hc"]
-RESIDUAL_KINDS: tuple[str, ...] = get_args(ResidualKind)
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class ConnectionConfig:
 class ModelConfig:
     """A decoder: embedding, layers of attention and feed-forward joined by residual connections, and the output head."""
 
-    residual: ResidualKind  # how sublayers are joined; the part that an ablation changes
+    residual: str  # how sublayers are joined; the part that an ablation changes: a name of mhc_jax/residual_kinds.py, or a registered one
     vocab_size: int
     num_layers: int  # a layer is two sublayers: attention and feed-forward
     dim: int  # C, width of one residual stream
@@ -91,7 +89,8 @@ class ModelConfig:
     norm_eps: float = 1e-20  # of every RMSNorm
     init_std: float = 0.006  # of weight matrices and embeddings
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of streams and matrix products; coefficients, router and norms are float32
-    remat: Literal["none", "streams", "matmuls", "full"] = "full"  # what the backward pass recomputes of a layer, see nn/remat.py
+    # What the backward pass recomputes of a layer, see nn/remat.py.
+    remat: Literal["none", "streams", "matmuls", "attention", "full"] = "full"
     loss_chunk: int = 512  # tokens of each sequence whose logits exist at a time
 
 
@@ -184,6 +183,8 @@ def validate(config: Config) -> None:
         config.mesh,
     )
 
+    if m.residual not in KINDS:
+        raise UserError(f"model.residual is {shown(m.residual)}; it must be one of {', '.join(KINDS)}")
     if not config.name or len(config.name) > 100 or config.name in (".", "..") or any(mark in config.name for mark in "/\\\n\r"):
         raise UserError(f"name is {shown(config.name)}; it names folders, so it must be 1 to 100 characters without slashes and line ends")
 
@@ -300,6 +301,11 @@ def validate(config: Config) -> None:
         raise UserError("train.init_from is empty; give the folder of a run")
     if c.streams > 8:
         raise UserError(f"model.connections.streams is {c.streams}; 1 to 8 are supported")
+    if (columns := KINDS[m.residual].columns(c.streams)) > MOST_COLUMNS:
+        raise UserError(
+            f"model.connections.streams is {c.streams}, for which {m.residual} predicts {columns} coefficients a token; up to "
+            f"{MOST_COLUMNS} are supported; lower it"
+        )
     # Each of these is a loop or so many threads: a slip of the hand should be a message, not a machine that stands still.
     for path, value, limit in (
         ("model.connections.sinkhorn_steps", c.sinkhorn_steps, 1000),
@@ -356,8 +362,8 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
     nested: dict[str, dict[str, Any]] = {}
     direct: dict[str, Any] = {}
     for path, value in changes.items():
-        head, _, rest = path.partition(".")
-        if head not in {f.name for f in dataclasses.fields(config)}:
+        head, dot, rest = path.partition(".")
+        if head not in {f.name for f in dataclasses.fields(config)} or (dot and not rest):
             raise UserError(
                 f"there is no config field {path!r}; the fields here are {', '.join(f.name for f in dataclasses.fields(config))}"
             )

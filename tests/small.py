@@ -13,8 +13,9 @@ from mhc_jax.config import AttentionConfig, Config, DataConfig, ModelConfig, MoE
 from mhc_jax.nn.decoder import Decoder
 from mhc_jax.nn.module import Module
 
-KINDS = ("residual", "hc", "static_hc", "mhc", "identity_hc")
+KINDS = ("residual", "hc", "static_hc", "mhc", "identity_hc", "mhc_lite", "kromhc")
 MANY = KINDS[1:]  # the kinds with several streams
+FORMS = tuple(kind for kind in KINDS if kind != "mhc_lite")  # for tests that take long: it is kromhc's code but for how H_res is made
 
 BASE = Config(
     name="small",

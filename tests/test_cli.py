@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from mhc_jax.cli import Train, _with_config, main
+from mhc_jax.cli import COMMANDS, main
+from mhc_jax.cli.options import Train, with_config
 from mhc_jax.config import override
 from mhc_jax.configs import get
 from mhc_jax.engram_config import EngramConfig
@@ -91,6 +94,19 @@ def test_what_the_parser_refuses_exits_with_2(args, message, capsys):
 def test_debug_shows_the_traceback():
     with pytest.raises(ValueError, match="there is no config"):
         main(["train", "latpop", "--debug"])
+
+
+@pytest.mark.parametrize(("command", "goes_on"), [("train", True), ("ablate", True), ("study", True), ("generate", False), ("data", False)])
+@pytest.mark.parametrize(("stopped", "status"), [(KeyboardInterrupt(), 130), (signal.SIGTERM, 143)])
+def test_a_stopped_command_says_that_it_goes_on_only_where_it_does(command, goes_on, stopped, status, monkeypatch, capsys):
+    def run(args):
+        if isinstance(stopped, BaseException):
+            raise stopped
+        os.kill(os.getpid(), stopped)
+
+    monkeypatch.setitem(COMMANDS, command, dataclasses.replace(COMMANDS[command], run=run))
+    assert main([command]) == status
+    assert ("the same command goes on" in capsys.readouterr().err) == goes_on
 
 
 def test_help_names_commands_and_configs(capsys):
@@ -183,10 +199,10 @@ def test_a_config_with_engram_has_flags_for_it_and_others_have_not(monkeypatch, 
     plain = get("laptop")
     engram = EngramConfig(layers=(1,), table_sizes=(100, 200))
     monkeypatch.setattr("mhc_jax.configs.CONFIGS", {"plain": lambda: plain, "engram": lambda: override(plain, {"model.engram": engram})})
-    changed = _with_config(Train, "train", ["engram", "--model.engram.seed", "3", "--model.engram.table-sizes", "300", "400"])
+    changed = with_config(Train, "train", ["engram", "--model.engram.seed", "3", "--model.engram.table-sizes", "300", "400"])
     assert changed.config == override(plain, {"model.engram": dataclasses.replace(engram, seed=3, table_sizes=(300, 400))})
-    assert _with_config(Train, "train", ["plain"]).config == plain
+    assert with_config(Train, "train", ["plain"]).config == plain
     with pytest.raises(SystemExit):
-        _with_config(Train, "train", ["plain", "--model.engram.seed", "3"])
+        with_config(Train, "train", ["plain", "--model.engram.seed", "3"])
     with pytest.raises(UserError, match=r"model\.engram\.heads is 0"):
-        _with_config(Train, "train", ["engram", "--model.engram.heads", "0"])
+        with_config(Train, "train", ["engram", "--model.engram.heads", "0"])

@@ -1,5 +1,6 @@
 #!/bin/bash
 # A training run on a TPU slice under GKE with XPK: docs/launch/xpk.sh 27b --mesh.fsdp 64 --data.source 'gs://bucket/text/*.jsonl' ...
+# Many runs, a job each: mhc-jax sweep FILE --launch xpk writes files like this one.
 # One process a host. GKE tells each its place (TPU_WORKER_HOSTNAMES, TPU_WORKER_ID), which JAX reads by itself.
 set -euo pipefail
 

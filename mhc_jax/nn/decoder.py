@@ -29,20 +29,12 @@ from mhc_jax.nn.module import Module, Spec, normal
 from mhc_jax.nn.moe import MoE
 from mhc_jax.nn.norm import inverse_rms, rms_norm, wide, wide_dtype
 from mhc_jax.nn.remat import kept, recomputed, scan_layers
-from mhc_jax.nn.residual.hc import HC, StaticHC
-from mhc_jax.nn.residual.mhc import MHC, IdentityHC, pre_bias, projected
-from mhc_jax.nn.residual.socket import Connection, PlainResidual
+from mhc_jax.nn.residual.kinds import CONNECTIONS
+from mhc_jax.nn.residual.mhc import pre_bias, projected
+from mhc_jax.nn.residual.socket import Connection
 from mhc_jax.nn.residual.streams import Pending, collapse, expand, split, unpack, unwritten
 from mhc_jax.parallel.rules import Rules
 from mhc_jax.parallel.shards import STREAMS, constrained, first_sequence, on_shards
-
-CONNECTIONS: dict[str, type[Connection]] = {
-    "residual": PlainResidual,
-    "hc": HC,
-    "static_hc": StaticHC,
-    "mhc": MHC,
-    "identity_hc": IdentityHC,
-}
 
 
 class SublayerTrace(NamedTuple):
@@ -51,7 +43,7 @@ class SublayerTrace(NamedTuple):
     pre: Float[Array, "n S"]
     post: Float[Array, "n S"]
     res: Float[Array, "n n S"]
-    logit_std: Float[Array, ""]  # of H_res before Sinkhorn; NaN where there are no logits
+    logit_std: Float[Array, ""]  # of what H_res is made of; NaN where there are no logits
     stream_rms: Float[Array, "n"]  # before the sublayer
     stream_cosine: Float[Array, ""]  # mean over pairs of different streams and tokens; 1 for one stream
 
@@ -172,10 +164,16 @@ class Decoder(Module):
 
 
 def learnable_mappings(config: ModelConfig) -> Float[np.ndarray, "sublayers 3"]:
-    """0 where the pre, post or res mapping of a sublayer cannot learn because all streams are still equal there, 1 elsewhere."""
+    """0 where the pre, post or res mapping of a sublayer cannot learn, 1 elsewhere.
+
+    At the first sublayer because all streams are still equal there; at the last because what follows sees column sums alone.
+    """
     table = np.ones((2 * config.num_layers, 3), np.float32)
-    learns = CONNECTIONS[config.residual].LEARNS_FROM_EQUAL_STREAMS if streams_start_equal(config) else ()
-    table[0, : len(learns)] = learns
+    part = CONNECTIONS[config.residual]
+    first = part.LEARNS_FROM_EQUAL_STREAMS if streams_start_equal(config) else ()
+    last = part.LEARNS_BEFORE_A_SUM if config.connections.collapse != "learned" else ()
+    for sublayer, learns in ((0, first), (-1, last)):
+        table[sublayer, : len(learns)] = learns
     return table
 
 

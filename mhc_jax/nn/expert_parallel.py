@@ -22,11 +22,11 @@ from jaxtyping import Array, Float, Int
 
 from mhc_jax.nn.experts import Rows, collect, combine, dispatch, routed_swiglu, visited
 from mhc_jax.parallel.rules import Rules
-from mhc_jax.parallel.shards import STREAMS, on_shards, shard_count
+from mhc_jax.parallel.shards import STREAMS, axes_here, on_shards, shard_count
 
 ROOM = 1.25  # of what a device sends and gets where all experts are visited alike, in one round
 
-OWNED = ("experts", None, None)
+FURTHER_ROUNDS = "further_rounds"  # scope of the loops that balanced routing does not enter
 
 
 def routed(
@@ -39,18 +39,23 @@ def routed(
 ) -> Float[Array, "B S C"]:
     """Sum over a token's k experts of weight * SwiGLU_expert(x), in x's type with a float32 or wider sum.
 
-    Experts are split under the mesh as `rules.experts` says; the rest of their matrices is gathered in x's type for the products.
+    Experts are split under the mesh as `rules.experts` says; the rest of their matrices is gathered in x's type for the products, and their
+    gradients are summed into the parts again. Both are written out: the partitioner would sum whole matrices, twice the bytes.
     """
     peers = Peers(rules.mesh_axes("experts"), shard_count(rules, "experts"))
+    across = axes_here(rules, "embed")
+
+    def whole(matrices: Array, axis: int) -> Array:
+        return jax.lax.all_gather(matrices, across, axis=axis, tiled=True) if across else matrices
 
     def local(x: Array, experts: Array, weights: Array, inner: Array, out: Array) -> Array:
-        given = (*(a.reshape(-1, a.shape[-1]) for a in (x, experts, weights)), inner, out)
+        given = (*(a.reshape(-1, a.shape[-1]) for a in (x, experts, weights)), whole(inner, 1), whole(out, 2))
         if peers.number == 1:
             return routed_swiglu(*given).reshape(x.shape)
         ways = {name: partial(exchanged, peers=peers, way=way) for name, way in (("tpu", Ragged), ("default", Padded))}
         return jax.lax.platform_dependent(*given, **ways).reshape(x.shape)
 
-    given = (STREAMS, STREAMS, STREAMS, OWNED, OWNED)
+    given = (STREAMS, STREAMS, STREAMS, ("experts", "embed", None), ("experts", None, "embed"))
     return on_shards(local, rules, given=given, results=STREAMS)(x, experts, weights, inner.astype(x.dtype), out.astype(x.dtype))
 
 
@@ -177,7 +182,8 @@ def _further_rounds(x: Array, inner: Array, out: Array, experts: Array, peers: P
         return number + 1, brought + _one_round(x, inner, out, travels, number)
 
     nothing = jnp.zeros((*experts.shape, x.shape[1]), x.dtype)
-    return jax.lax.while_loop(lambda carry: carry[0] < last, one_more, (jnp.ones_like(last), nothing))[1]
+    with jax.named_scope(FURTHER_ROUNDS):
+        return jax.lax.while_loop(lambda carry: carry[0] < last, one_more, (jnp.ones_like(last), nothing))[1]
 
 
 def _further_rounds_fwd(x, inner, out, experts, peers, way):
@@ -195,7 +201,8 @@ def _further_rounds_bwd(peers, way, saved, g):
         return number + 1, jax.tree.map(jnp.add, sums, pull(g))
 
     nothing = tuple(map(jnp.zeros_like, learnt))
-    _, sums = jax.lax.while_loop(lambda carry: carry[0] < last, one_more, (jnp.ones_like(last), nothing))
+    with jax.named_scope(FURTHER_ROUNDS):
+        _, sums = jax.lax.while_loop(lambda carry: carry[0] < last, one_more, (jnp.ones_like(last), nothing))
     return *sums, np.zeros(experts.shape, jax.dtypes.float0)
 
 

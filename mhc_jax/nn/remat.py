@@ -4,6 +4,8 @@ none      nothing: fastest, most memory
 streams   the streams between sublayers, by the seams alone, from those at the start of a block of layers: attention and feed-forward
           keep what they need and never run twice (arXiv 2512.24880, section 4.2 and Eq. 20)
 matmuls   everything but the results of matrix products with parameters
+attention the whole layer, but not attention itself: of it the output and the logarithm of its sums are kept (n_heads times the width of
+          a value, and one number a head), so that its kernel runs once
 full      the whole layer: only the streams between layers are kept
 """
 
@@ -13,7 +15,7 @@ from typing import Any, Literal
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-RematPolicy = Literal["none", "streams", "matmuls", "full"]
+RematPolicy = Literal["none", "streams", "matmuls", "attention", "full"]
 
 # Layers of a stack that is unrolled. A loop copies a layer's parameters and saved activations out of and into stacked arrays: a seventh of
 # the `laptop` step on a CPU. Unrolling a deeper stack costs more time in the compiler, and unrolling it in part gains nothing. Where memory
@@ -22,6 +24,13 @@ LONGEST_UNROLLED = 8
 
 _KEPT = "kept by a sublayer"
 
+# What is kept by the policies that recompute layers. Kernels name what of attention their backward pass takes.
+_SAVEABLE = {
+    "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "full": None,
+}
+
 
 def scan_layers(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, layers: Any, policy: RematPolicy, streams: int) -> tuple[Any, Any]:
     """`jax.lax.scan` of `step` over stacked layers, of two sublayers each, whose backward pass recomputes what the policy says."""
@@ -29,8 +38,7 @@ def scan_layers(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, layers:
     if policy == "none":
         return jax.lax.scan(step, carry, layers, unroll=count <= LONGEST_UNROLLED)
     if policy != "streams":
-        saveable = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "matmuls" else None
-        return jax.lax.scan(jax.checkpoint(step, policy=saveable), carry, layers)
+        return jax.lax.scan(jax.checkpoint(step, policy=_SAVEABLE[policy]), carry, layers)
 
     def block(carry: Any, layers: Any) -> tuple[Any, Any]:
         return jax.lax.scan(step, carry, layers)
@@ -51,7 +59,7 @@ def recomputed(f: Callable[..., Any], policy: RematPolicy) -> Callable[..., Any]
     """`f`, which stands between stacks of layers, with its backward pass as the policy says."""
     if policy in ("none", "streams"):
         return f
-    return jax.checkpoint(f, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "matmuls" else None)
+    return jax.checkpoint(f, policy=_SAVEABLE[policy])
 
 
 def block_length(layers: int, streams: int) -> int:

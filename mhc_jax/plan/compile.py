@@ -30,7 +30,9 @@ from pallas_kernels.static_cost.compile import TPU_ENVIRONMENT
 DUMP = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=packed-bundles-post-ra|deduplication-map"
 START = "from mhc_jax.plan.compile import main; main()"
 TOLD_EVERY = 30.0  # seconds
-REFUSED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+# What it says depends on how early it sees that there is no room: of all that it laid out, or of temporaries before they are laid out.
+REFUSED = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
+REFUSED_EARLY = re.compile(r"required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM")
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 Say = Callable[[str], None]
@@ -110,11 +112,11 @@ def _compile(config: Config, target: str, dump: Path) -> Program:
         try:
             step, peak = compile_train_step(config, Rules(), state, batch)
         except jax.errors.JaxRuntimeError as error:
-            refused = REFUSED.search(str(error))
-            if refused is None:
+            held = _local_bytes((state, batch))
+            peak = needed_bytes(str(error), held)
+            if peak is None:
                 raise
-            peak = round(float(refused[1]) * UNITS[refused[2]])
-            return Program(_memory(state, peak, _local_bytes((state, batch))), time.perf_counter() - start)
+            return Program(_memory(state, peak, held), time.perf_counter() - start)
     seconds = time.perf_counter() - start
     told: Any = step.memory_analysis()  # type: ignore[attr-defined]
     count = step.cost_analysis() or {}  # type: ignore[attr-defined]
@@ -127,6 +129,15 @@ def _compile(config: Config, target: str, dump: Path) -> Program:
         count.get("flops"),
         count.get("bytes accessed"),
     )
+
+
+def needed_bytes(refusal: str, arguments: int) -> int | None:
+    """Bytes of a device that the compiler's refusal names, with a step's arguments; None where it is about something else."""
+    if found := REFUSED.search(refusal):
+        return round(float(found[1]) * UNITS[found[2]])
+    if found := REFUSED_EARLY.search(refusal):
+        return arguments + round(float(found[1]) * UNITS[found[2]])
+    return None
 
 
 def arguments(config: Config, mesh: Mesh, rules: Rules) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:

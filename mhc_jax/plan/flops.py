@@ -10,7 +10,8 @@ layers. A multiplication with its addition is two FLOPs, whatever the data type.
     router                  2 C E                     E experts
     experts                 6 C F (top_k + shared)    F wide
     dense feed-forward      6 C F'
-    stream mappings         2 sites: mHC 2 n C n(n+2) and 4 n^2 a Sinkhorn step; identity HC 2 n C 2n; HC 2 n C (n+2); static HC 0
+    stream mappings         2 sites: mHC 2 n C n(n+2) and 4 n^2 a Sinkhorn step; identity HC 2 n C 2n; HC 2 n C (n+2); static HC 0;
+                            other kinds as `residual_kinds` says
     stream mixing           2 sites: read 2 n C, write 2 n C, and n^2 (2 C) for H_res
     Engram                  2 M C (n+1) and, element by element, 4 n C (gate) and 8 n C (convolution); M numbers read
     unembedding             2 C vocabulary, once
@@ -28,6 +29,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from mhc_jax import residual_kinds
 from mhc_jax.config import Config, ModelConfig
 from mhc_jax.plan.attention import Part, absorbed, expanded, indexer
 
@@ -171,12 +173,12 @@ def _streams(m: ModelConfig) -> tuple[float, float]:
     if m.residual == "residual":
         return 0, 0
     n, c = m.connections.streams, m.dim
-    columns = {"mhc": n * (n + 2), "identity_hc": 2 * n, "hc": n + 2, "static_hc": 0}[m.residual]
-    sinkhorn = 4 * n * n * m.connections.sinkhorn_steps if m.residual == "mhc" else 0
-    mixed = 0 if m.residual == "identity_hc" else n * n
+    kind = residual_kinds.KINDS[m.residual]
+    mixed = n * n if kind.mixes else 0
     learned = m.connections.collapse == "learned"
     sites = 2 * m.num_layers
-    mappings = sites * (2 * n * c * columns + sinkhorn) + (2 * n * c * n if learned else 0)
+    own = 2 * n * c * kind.columns(n) + kind.res_flops(n, m.connections.sinkhorn_steps)
+    mappings = sites * own + (2 * n * c * n if learned else 0)
     return mappings, sites * 2 * c * (2 * n + mixed) + (2 if learned else 1) * n * c
 
 

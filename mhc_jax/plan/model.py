@@ -15,8 +15,9 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from mhc_jax.nn.expert_parallel import FURTHER_ROUNDS
 from mhc_jax.plan.collectives import Collective, collective_in, cost_of
-from mhc_jax.plan.parts import COLLECTIVES, PARTS, is_recomputed, part_of
+from mhc_jax.plan.parts import COLLECTIVES, PARTS, is_recomputed, op_name, part_of
 from mhc_jax.plan.products import flops_of, grouped_product
 from mhc_jax.plan.topologies import Topology
 from pallas_kernels.static_cost.hlo import Instruction, Module
@@ -165,6 +166,9 @@ class _Schedule:
 
     def step(self, step: Instruction, computation: str, total: StepTime) -> None:
         if step.opcode == "while":
+            if FURTHER_ROUNDS in op_name(step):
+                self.notes["further rounds of the exchange with experts, which only uneven routing needs, are not counted"] = None
+                return
             trips = self.module.trip_count(step, computation)
             if trips is None:
                 self.notes[f"how often the loop {step.name} runs depends on data: once is counted"] = None

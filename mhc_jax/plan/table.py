@@ -44,7 +44,8 @@ def render(plans: Sequence[Plan], config: Config, machine: Machine) -> str:
     if per_chip > 1:
         row("  together, of a chip", lambda p: _gib(p.memory.peak * per_chip))
     row(f"  fits {_gib(machine.hbm_bytes_per_device)}", lambda p: "yes" if p.fits else "NO")
-    row("  smallest slice that would do (estimate)", lambda p: p.smallest or "none listed")
+    if any(plan.smallest for plan in plans) or not all(plan.fits for plan in plans):
+        row("  smallest slice that would do (estimate)", lambda p: p.smallest or "none listed")
 
     lines += ["", "GFLOPs of a token"]
     row("  hand formula, forward and backward", lambda p: p.products and _giga(p.products.formula))

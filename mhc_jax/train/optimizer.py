@@ -9,7 +9,7 @@ import optax.contrib
 from jaxtyping import Array, Float
 
 from mhc_jax.config import OptimizerConfig
-from mhc_jax.nn.decoder import Decoder, streams_start_equal
+from mhc_jax.nn.decoder import Decoder, learnable_mappings
 from mhc_jax.nn.module import Spec, specs
 from mhc_jax.train.stages import of_indexer
 
@@ -86,16 +86,17 @@ def decays(model: Decoder) -> Any:
 def update_mask(model: Decoder) -> Decoder:
     """A pytree like the model that broadcasts against it: 0 for parameters that must stay as they are, 1 elsewhere.
 
-    At the network's first sublayer all streams are equal copies, so that some mappings cannot change the output. Their gradients are
-    rounding noise, and Adam with an epsilon of 1e-20 would turn that into full steps (see `Connection.LEARNS_FROM_EQUAL_STREAMS`).
+    Some mappings of the first sublayer, and for some kinds of the last, cannot change the output. Their gradients are rounding noise, and
+    Adam with an epsilon of 1e-20 would turn that into full steps (see `learnable_mappings`).
     """
     mask = jax.tree.map(lambda p: jnp.ones((1,) * p.ndim, p.dtype), model)
-    if not streams_start_equal(model.config):
-        return mask
-    name = "dense_layers" if model.dense_layers is not None else "moe_layers"
-    connection = getattr(model, name).attention_connection
-    first = jnp.arange(getattr(model, name).attention_norm.shape[0]) == 0
-    for parameter, values in connection.update_mask(first).items():
-        ndim = getattr(connection, parameter).ndim
-        setattr(getattr(mask, name).attention_connection, parameter, values.reshape(values.shape + (1,) * (ndim - values.ndim)))
+    table, dense = learnable_mappings(model.config), 2 * model.config.dense_layers
+    for stack, rows in (("dense_layers", table[:dense]), ("moe_layers", table[dense:])):
+        for place, learns in (("attention_connection", rows[::2]), ("ffn_connection", rows[1::2])):
+            if learns.all():
+                continue
+            connection = getattr(getattr(model, stack), place)
+            for parameter, values in connection.update_mask(learns).items():
+                ndim = getattr(connection, parameter).ndim
+                setattr(getattr(getattr(mask, stack), place), parameter, values.reshape(values.shape + (1,) * (ndim - values.ndim)))
     return mask

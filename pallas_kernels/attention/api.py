@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.attention.choose import choose
 from pallas_kernels.attention.spec import Attended
@@ -66,6 +67,7 @@ def _dense_attention(scale: float, query_block: int, kernels: Kernels, *arrays: 
 
 def _forward(scale: float, query_block: int, kernels: Kernels, *arrays: Array) -> tuple[Attended, tuple[Array, ...]]:
     attended = kernels.dense_attention(*arrays, scale, query_block)
+    attended = attended._replace(out=checkpoint_name(attended.out, "attention"), log_total=checkpoint_name(attended.log_total, "attention"))
     return attended, (*arrays, attended.out, attended.log_total)
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.choose import Kernels
 from pallas_kernels.sparse_attention.spec import TPU_QUERIES, Keys, SparseAttended, Weights, accumulator_rows, wide_type, xla_chunk
@@ -117,6 +118,7 @@ def attend_backward(
 
 def _attend_fwd(plan, plan_backward, q_nope, q_rope, weights, latent, keys):
     attended = attend(plan, plan_backward, q_nope, q_rope, weights, latent, keys)
+    attended = attended._replace(out=checkpoint_name(attended.out, "attention"), log_total=checkpoint_name(attended.log_total, "attention"))
     return attended, (q_nope, q_rope, weights, latent, keys, attended.out, attended.log_total)
 
 

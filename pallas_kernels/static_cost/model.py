@@ -16,7 +16,7 @@ from pallas_kernels.static_cost.machine import run_listing
 
 SMALL = 4096  # bytes: an operation without any cost whose result is no larger is scalar bookkeeping
 FREE = frozenset(("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "add-dependency"))
-MOVES = frozenset(("reshape", "concatenate", "slice", "transpose"))  # libtpu 0.0.50 lists some of these nowhere on v5p
+MOVES = frozenset(("reshape", "concatenate", "slice", "transpose", "dynamic-update-slice"))  # on v5p libtpu lists some of these nowhere
 FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape")
 COLLECTIVE = re.compile(r"(all-|reduce-scatter|collective-|ragged-all-to-all|send|recv)")
 SEMAPHORE_SPACE = 2
@@ -194,7 +194,7 @@ class _Walk:
         elif self.is_collective(step):
             self.problems[f"{step.name} moves data between devices, which is not modelled"] = None
         elif step.opcode not in FREE:
-            row = self.operation(step)
+            row = self.operation(step, computation)
             if row:
                 total.add(_Total(row.modelled_us, row.hbm_bytes or 0, row.hbm_bytes is not None, [row]))
 
@@ -206,7 +206,7 @@ class _Walk:
         )
         return any(COLLECTIVE.match(inner.opcode) for inner in (step, *wrapped))
 
-    def operation(self, step: Instruction) -> OperationCost | None:
+    def operation(self, step: Instruction, computation: str) -> OperationCost | None:
         kernel = '"tpu_custom_call"' in step.attributes
         if step.name in self.listings:
             row, reasons = self.run(step, "kernel" if kernel else "xla")
@@ -219,8 +219,11 @@ class _Walk:
         elif (cycles := step.estimated_cycles) is not None:
             return OperationCost(step.name, "estimate", 1, cycles / self.chip.clock_ghz / 1e3, cycles, 0, None, step.vmem_bytes, cycles)
         elif step.opcode in MOVES:
-            moved = 2 * sum(size for size, _ in step.arrays)
-            self.assumptions.add(f"{step.name}: a {step.opcode} without a listing is charged as reading and writing its result once")
+            updates = step.opcode == "dynamic-update-slice"  # in place: the array around what it writes stays where it is
+            copied = self.module.instructions[computation][step.operands[1]] if updates else step
+            moved = 2 * sum(size for size, _ in copied.arrays)
+            what = "what it writes" if updates else "its result"
+            self.assumptions.add(f"{step.name}: a {step.opcode} without a listing is charged as reading and writing {what} once")
             return OperationCost(step.name, "copy", 1, moved / self.bytes_per_us, 0, 0, moved, step.vmem_bytes)
         elif sum(size for size, _ in step.arrays) > SMALL and not any(f'"{call}"' in step.attributes for call in FREE_CALLS):
             self.problems[f"{step.name} ({step.opcode}) has neither a bundle listing nor an estimate"] = None

@@ -100,6 +100,8 @@ def test_connection_parameters_are_counted_by_formula(kind):
         "hc": (n + 2) * c + n * (n + 2) + 3,
         "mhc": n * (n + 2) * n * c + n * (n + 2) + 3,
         "identity_hc": 2 * n * n * c + 2 * n + 2,
+        "mhc_lite": (2 * n + 24) * n * c + 2 * n + 24 + 3,
+        "kromhc": (2 * n + 4) * n * c + 2 * n + 4 + 3,
     }
     assert count_parameters(small(residual=kind)).connection == 6 * per_sublayer[kind]
     plain = count_parameters(small(residual="residual"))
@@ -118,6 +120,8 @@ def test_active_parameters_leave_out_the_embedding_and_idle_experts():
 
 BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "an unknown kind": ({"model.residual": "mhx"}, ["model.residual", "'mhx'", "identity_hc"]),
+    "more permutations than can be": ({"model.residual": "mhc_lite", "model.connections.streams": 7}, ["streams is 7", "5054", "mhc_lite"]),
+    "a large prime of streams": ({"model.residual": "kromhc", "model.connections.streams": 7}, ["streams is 7", "5054", "kromhc"]),
     "zero layers": ({"model.num_layers": 0}, ["model.num_layers is 0", "positive"]),
     "infinite learning rate": ({"optimizer.learning_rate": float("inf")}, ["optimizer.learning_rate is inf"]),
     "not a number": ({"optimizer.weight_decay": float("nan")}, ["optimizer.weight_decay", "not a number"]),

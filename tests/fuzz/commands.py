@@ -23,15 +23,18 @@ from mhc_jax.train.folder import finished
 from .config_fields import draw
 from .harness import ACCEPTED, REFUSED, Check, Wrong
 from .rules import FIELDS, problems
+from .sweep_files import begun_must_be
+from .sweep_files import case as sweep_case
 
 NAME, SHARE, SHORT = "command line", 20, 25
 
-KINDS = ("residual", "hc", "static_hc", "mhc", "identity_hc")
-COMMANDS = ("train", "ablate", "bench", "data")
+KINDS = ("residual", "hc", "static_hc", "mhc", "identity_hc", "mhc_lite", "kromhc")
+COMMANDS = ("train", "ablate", "bench", "data", "sweep")
 WORDS = (
     *(
         "train",
         "ablate",
+        "sweep",
         "report",
         "generate",
         "data",
@@ -65,6 +68,7 @@ WORDS = (
         "--seeds",
         "0",
     ),
+    *("--only", "--launch", "slurm", "xpk", "mine.py", "--csv"),
     *("--rounds", "--out", "--profile", "--no-profile", "--model.dim", "--model.dmi", "--model", "--model.moe.top_k", "--config.model.dim"),
     *("--data.source", "流", "\udcff", "x" * 10_000, "--" + "y" * 10_000, "$(true)", "%s", "{}", "@file", "--=", "=", "--debug", "None"),
     *("--optimizer.decay-points", "0.8", "0.9", "--data.tokenizer", "--data.weights", "model:none", "--model.attention.q-rank"),
@@ -72,13 +76,14 @@ WORDS = (
 
 
 def case(rng: random.Random, room: Path) -> tuple[str, Check]:
-    made = {"words": _words, "fields": _fields, "options": _options, "report": _report, "generate": _generate}
-    words, expected = made[rng.choices(list(made), [3, 4, 3, 2, 2])[0]](rng, room)
+    made = {"words": _words, "fields": _fields, "options": _options, "report": _report, "generate": _generate, "sweep": _sweep}
+    words, expected = made[rng.choices(list(made), [3, 4, 3, 2, 2, 3])[0]](rng, room)
     return f"mhc-jax {' '.join(ascii(word)[1:-1][:80] or repr('') for word in words)}", lambda: _run(words, expected, room)
 
 
-# What is known beforehand about a command line: the values that its fields must have when something begins, or that it must be refused.
-Expected = dict[str, Any] | str | None
+# What is known beforehand about a command line: the values that its fields must have when something begins, those of each run that must
+# begin, or that it must be refused.
+Expected = dict[str, Any] | list[dict[str, Any]] | str | None
 
 
 def _words(rng: random.Random, room: Path) -> tuple[list[str], Expected]:
@@ -91,7 +96,7 @@ def _words(rng: random.Random, room: Path) -> tuple[list[str], Expected]:
 def _fields(rng: random.Random, room: Path) -> tuple[list[str], Expected]:
     values = dict(fields(get("laptop")))
     changes = {path: draw(rng, values[path]) for path in rng.sample(sorted(FIELDS), rng.randint(1, 3))}
-    words = [rng.choice(COMMANDS), "laptop"]
+    words = [rng.choice(COMMANDS[:4]), "laptop"]
     for path, value in changes.items():
         flag = "--" + path.replace("_", rng.choice("_-"))
         if type(value) is bool and type(values[path]) is bool:
@@ -197,6 +202,11 @@ def _generate(rng: random.Random, room: Path) -> tuple[list[str], Expected]:
     return ["generate", *rng.choice([[], [str(room)]] if rng.random() < 0.1 else [[]]), str(room / place), *rng.choice(options)], "refused"
 
 
+def _sweep(rng: random.Random, room: Path) -> tuple[list[str], Expected]:
+    words, points = sweep_case(rng, room)
+    return words, "refused" if points is None else points
+
+
 def _run(words: list[str], expected: Expected, room: Path) -> str:
     begun: list[Config] = []
     out, err = io.StringIO(), io.StringIO()
@@ -213,7 +223,7 @@ def _run(words: list[str], expected: Expected, room: Path) -> str:
             raise Wrong("refused without a message")
         if begun:
             raise Wrong("refused after something had begun")
-        if isinstance(expected, dict):
+        if isinstance(expected, dict | list):
             raise Wrong(f"refused, but it is valid: {said.strip()[-300:]}")
         return REFUSED
     if status != 0:
@@ -222,6 +232,11 @@ def _run(words: list[str], expected: Expected, room: Path) -> str:
         raise Wrong("accepted, but nothing happened")
     if expected == "refused":
         raise Wrong("accepted")
+    if isinstance(expected, list):
+        jobs = "--launch" in words
+        if (jobs and begun) or (not jobs and not begun_must_be(expected, [dict(fields(config)) for config in begun])):
+            raise Wrong(f"{len(begun)} runs began, not the {len(expected)} of the file")
+        expected = {}
     for config in begun:
         if wrong := problems(dict(fields(config))):
             raise Wrong(f"accepted, but wrong are {', '.join(wrong)}")
@@ -247,6 +262,9 @@ def _noted(begun: list[Config], room: Path) -> Iterator[None]:
         save_runs(runs, folder)
         begun.extend(run.config for run in runs.runs)
 
+    def run_some(runs: Any, folder: Any, train: Any, say: Any) -> None:
+        begun.extend(run.config for run in runs)
+
     def measure(config: Config, kinds: Any, rounds: int) -> list[Any]:
         begun.append(config)
         return []
@@ -261,10 +279,11 @@ def _noted(begun: list[Config], room: Path) -> Iterator[None]:
         with (
             mock.patch.object(loop, "train", train),
             mock.patch.object(runlist, "run_list", run_list),
+            mock.patch.object(runlist, "run_some", run_some),
             mock.patch.object(step_cost, "measure", measure),
             mock.patch.object(step_cost, "table", lambda costs: ""),
             mock.patch.object(preparation, "prepare", prepare),
-            mock.patch("mhc_jax.cli._prepare_jax", lambda: None),
+            mock.patch("mhc_jax.cli.jax_setup.prepare_jax", lambda: None),
         ):
             yield
     finally:

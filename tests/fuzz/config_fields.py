@@ -30,6 +30,8 @@ CHOICES = (
     "static_hc",
     "mhc",
     "identity_hc",
+    "mhc_lite",
+    "kromhc",
     "mean",
     "sum",
     "learned",

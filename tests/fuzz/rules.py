@@ -54,7 +54,7 @@ positive, share = real(0, above=True), real(0, 1, above=True, below=True)
 
 FIELDS: dict[str, Rule] = {
     "name": name,
-    "model.residual": choice("residual", "hc", "static_hc", "mhc", "identity_hc"),
+    "model.residual": choice("residual", "hc", "static_hc", "mhc", "identity_hc", "mhc_lite", "kromhc"),
     "model.vocab_size": whole(1),
     "model.num_layers": whole(1),
     "model.dim": whole(1),
@@ -93,7 +93,7 @@ FIELDS: dict[str, Rule] = {
     "model.norm_eps": positive,
     "model.init_std": positive,
     "model.dtype": choice("float32", "bfloat16"),
-    "model.remat": choice("none", "streams", "matmuls", "full"),
+    "model.remat": choice("none", "streams", "matmuls", "attention", "full"),
     "model.loss_chunk": whole(1),
     "optimizer.learning_rate": positive,
     "optimizer.kind": choice("adamw", "muon"),
@@ -187,6 +187,8 @@ def broken_pairs(v: Mapping[str, Any]) -> list[str]:
     across, tensor = v["mesh.context"] * v["mesh.tensor"], v["mesh.tensor"]
     routed = v["model.dense_layers"] < v["model.num_layers"]
     rules = {
+        "coefficients a token": {"mhc_lite": 6, "kromhc": 8}.get(v["model.residual"], 8) >= v["model.connections.streams"]
+        and (v["model.residual"], v["model.connections.streams"]) != ("kromhc", 7),
         "dense layers": v["model.dense_layers"] <= v["model.num_layers"],
         "dense width": v["model.dense_layers"] == 0 or v["model.dense_dim"] > 0,
         "rotary pairs": v["model.attention.rope_dim"] % 2 == 0,

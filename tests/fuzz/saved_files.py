@@ -1,28 +1,34 @@
 """Run lists with a damaged file: the report says what is damaged, or holds the numbers of the files and no others."""
 
 import contextlib
+import csv
 import functools
 import io
 import json
 import math
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fake_run import fake_train, tiny_config
 
 from mhc_jax.cli import main
+from mhc_jax.errors import UserError
+from mhc_jax.experiments import progress
 from mhc_jax.experiments.ablation import ablation
 from mhc_jax.experiments.document import to_html, to_markdown
 from mhc_jax.experiments.report import report_blocks
 from mhc_jax.experiments.results import load_results, results_json
-from mhc_jax.experiments.runs import save_runs
+from mhc_jax.experiments.runs import RunList, load_runs, save_runs
 
 from .harness import ACCEPTED, REFUSED, Check, Wrong, lasting_folder
 from .mutate import damage_file, damage_json, write_odd_json
 
 NAME, SHARE, SHORT = "saved files", 20, 25
+
+T = TypeVar("T")
 
 RUNS = ("residual-seed0", "mhc-seed0")
 
@@ -76,25 +82,53 @@ def _check(folder: Path, figures: bool) -> str:
         said = io.StringIO()
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             status = main(["report", str(folder)])
-        if status == 2 and said.getvalue().startswith("mhc-jax: "):
+        if status == 2 and "mhc-jax: " in said.getvalue():
             return REFUSED
         if status != 0:
             raise Wrong(f"exit status {status}, and says {said.getvalue()[:200]!r}")
         content = json.loads((folder / "results.json").read_text())
         text = (folder / "report.md").read_text()
     else:
+        runs = _or_refused(lambda: load_runs(folder))
+        rows = progress.progress(runs, folder)
         try:
-            results = load_results(folder)
-        except OSError as error:
-            if error.filename is None:
-                raise
-            return REFUSED  # the command line says which file
+            results = _or_refused(lambda: load_results(folder))
+        except UserError as error:
+            if all(row.state != progress.UNUSABLE for row in rows):
+                raise Wrong(f"the table shows nothing wrong with any run, and the report refuses: {error}") from error
+            raise
+        _compare_rows(folder, runs, rows)
         content = json.loads(json.dumps(results_json(results), allow_nan=False))
         blocks = report_blocks(results, [])
         text = to_markdown(blocks)
         to_html(results.runs.name, blocks).encode()
     _compare(folder, content, text)
     return ACCEPTED
+
+
+def _or_refused(read: Callable[[], T]) -> T:
+    """What the command line does with a file that cannot be opened, and names."""
+    try:
+        return read()
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise UserError(f"cannot use {error.filename}") from error
+
+
+def _compare_rows(folder: Path, runs: RunList, rows: list[progress.Progress]) -> None:
+    """Where the report is drawn, the table of runs has the losses of the summaries, and no others."""
+    progress.table(runs, rows).encode()
+    progress.write_csv(progress.columns(runs, rows), folder / "rows.csv")
+    with (folder / "rows.csv").open(newline="") as file:
+        cells = list(csv.DictReader(file))
+    for row, cell in zip(rows, cells, strict=True):
+        summary = folder / "runs" / row.run.name / "summary.json"
+        loss = json.loads(summary.read_text())["loss"] if summary.exists() else ""
+        if (row.state == progress.FINISHED) != summary.exists() or cell["run"] != row.run.name:
+            raise Wrong(f"{row.run.name} counts as {row.state}")
+        if (cell["loss"] or None) != (None if loss == "" else "nan" if loss is None else str(float(loss))):
+            raise Wrong(f"{row.run.name}: its loss is {loss!r}, and {cell['loss']!r} in the table")
 
 
 def _compare(folder: Path, content: dict[str, Any], text: str) -> None:

@@ -1,15 +1,16 @@
 """Hyper-Connections and mHC against their oracles: coefficients, a whole sublayer, gradients, symmetries."""
 
+from itertools import permutations
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import hc, mhc
+from oracles import birkhoff, hc, mhc
 from small import MANY, directional, only, relative, shaken, small, widened
 
-from mhc_jax.nn.decoder import CONNECTIONS
+from mhc_jax.nn.residual.kinds import CONNECTIONS
 from mhc_jax.nn.residual.streams import Coefficients, Pending, collapse, expand, unpack, unwritten
 from mhc_jax.parallel.rules import Rules
 
@@ -46,6 +47,11 @@ def expected(part, x: np.ndarray) -> tuple[np.ndarray, ...]:
         every = [mhc.coefficients(v, weights, steps, eps) for v in x]
         if kind == "IdentityHC":
             every = [(pre, post, np.eye(n)) for pre, post, _ in every]
+        elif kind != "MHC":
+            of_res = {"MHCLite": birkhoff.mhc_lite, "KromHC": birkhoff.kromhc}[kind]
+            normed = [v.reshape(-1) / np.sqrt(np.mean(v * v) + eps) for v in x]
+            logits = [a[2] * phi[2 * n :] @ v + b[2 * n :] for v in normed]
+            every = [(pre, post, of_res(z, n)) for (pre, post, _), z in zip(every, logits)]
     return tuple(np.stack(part) for part in zip(*every))
 
 
@@ -67,9 +73,12 @@ def apply(part, x, f):
     return part.written(Pending(x, f(u), h), Rules())
 
 
-@pytest.mark.parametrize("n", only([1, 4], [1, 3, 4, 8]))
-@pytest.mark.parametrize("kind", MANY)
-def test_coefficients_and_sublayer_equal_the_oracle(float64, kind, n):
+COUNTS = [(kind, n) for kind in MANY for n in (1, 3, 4, 6 if kind == "mhc_lite" else 8)] + [("kromhc", 6)]
+
+
+@pytest.mark.parametrize("case", only([case for case in COUNTS if case[1] in (1, 4)], COUNTS), ids=str)
+def test_coefficients_and_sublayer_equal_the_oracle(float64, case):
+    kind, n = case
     part, x, mix = shaken(widened(connection(kind, n))), random(B, S, n * C, seed=1), random(C, C, seed=2)
     pre, post, res = expected(part, x.reshape(-1, n, C))
     for got, wanted in zip(as_oracle(read(part, jnp.asarray(x))[1]), (pre, post, res)):
@@ -154,12 +163,26 @@ def test_collapse_is_the_weighted_sum():
     assert relative(got, np.einsum("btnc,nbt->btc", x.reshape(B, S, 4, C), weights.reshape(4, B, S))) < 1e-6
 
 
-@pytest.mark.parametrize("order", [(1, 0, 2, 3), (3, 0, 1, 2)])
-def test_mhc_does_not_care_how_streams_are_numbered(float64, order):
+def renamed_logits(kind: str, order: np.ndarray) -> np.ndarray:
+    """Which logit of H_res, of 4 streams, takes each one's place when stream i is what stream order[i] was."""
+    if kind == "mhc":
+        return (4 * order[:, None] + order).reshape(-1)
+    if kind == "kromhc":  # streams are pairs of bits, with a factor for each; a factor is the same with its bit turned
+        return np.array([2, 3, 0, 1] if order[0] ^ order[1] == 2 else [0, 1, 2, 3])
+    every = list(permutations(range(4)))
+    return np.array([every.index(tuple(order[k[list(order).index(i)]] for i in range(4))) for k in every])
+
+
+RENAMINGS = [*((kind, order) for kind in ("mhc", "mhc_lite") for order in ((1, 0, 2, 3), (3, 0, 1, 2)))]
+RENAMINGS += [("kromhc", (0, 2, 1, 3)), ("kromhc", (2, 3, 0, 1)), ("kromhc", (2, 0, 3, 1))]  # of those that keep pairs of bits
+
+
+@pytest.mark.parametrize(("kind", "order"), RENAMINGS)
+def test_it_does_not_matter_how_streams_are_numbered(float64, kind, order):
     """Renumbering streams, and with them phi's columns and rows and the biases, renumbers the result and changes nothing else."""
     n, order = 4, np.array(order)
-    part, x, mix = shaken(widened(connection("mhc"))), random(B, S, n * C, seed=1), jnp.asarray(random(C, C, seed=2))
-    rows = np.concatenate([order, n + order, 2 * n + (n * order[:, None] + order).reshape(-1)])
+    part, x, mix = shaken(widened(connection(kind))), random(B, S, n * C, seed=1), jnp.asarray(random(C, C, seed=2))
+    rows = np.concatenate([order, n + order, 2 * n + renamed_logits(kind, order)])
     columns = (C * order[:, None] + np.arange(C)).reshape(-1)
     renamed = jax.tree.map(lambda p: p, part)
     renamed.phi, renamed.bias = part.phi[rows][:, columns], part.bias[rows]
@@ -172,6 +195,14 @@ def test_mhc_does_not_care_how_streams_are_numbered(float64, order):
     assert relative(apply(part, jnp.asarray(x[..., columns]), f), np.asarray(wanted)[..., columns]) > 1e-3  # not without phi and bias
 
 
+def test_kromhc_does_care_which_streams_differ_in_one_bit(float64):
+    """Its H_res is a product, which all doubly stochastic matrices are not: one stream's row decides, and no renaming undoes it."""
+    res = as_oracle(read(shaken(widened(connection("kromhc"))), jnp.asarray(random(B, S, 4 * C)))[1])[2]
+    assert res[:, 0, 0] * res[:, 0, 3] == pytest.approx(res[:, 0, 1] * res[:, 0, 2], rel=1e-12)
+    exchanged = res[:, [1, 0, 2, 3]][:, :, [1, 0, 2, 3]]
+    assert np.abs(exchanged[:, 0, 0] * exchanged[:, 0, 3] / (exchanged[:, 0, 1] * exchanged[:, 0, 2]) - 1).min() > 0.1
+
+
 @pytest.mark.parametrize("kind", MANY)
 def test_coefficients_stay_float32_for_bfloat16_streams(kind):
     part, x = shaken(connection(kind)), jnp.asarray(random(B, S, 4 * C), jnp.bfloat16)
@@ -180,8 +211,32 @@ def test_coefficients_stay_float32_for_bfloat16_streams(kind):
         assert mapping is None or mapping.dtype == jnp.float32
     assert u.dtype == jnp.bfloat16
     assert apply(part, x, lambda u: u).dtype == jnp.bfloat16
-    if kind == "mhc":  # 2.9e-3 where another implementation computed coefficients in bfloat16
+    if kind in EXACT or kind == "mhc":  # 2.9e-3 where another implementation computed coefficients in bfloat16
         assert np.abs(np.asarray(c.res).sum(axis=1) - 1).max() < 1e-6
+
+
+EXACT = ("mhc_lite", "kromhc")
+
+
+@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize("scale", only([10.0], [10.0, 100.0]))
+def test_rows_and_columns_sum_to_one_to_rounding_whatever_the_logits(kind, scale):
+    """Where 20 Sinkhorn steps leave column sums off by percents; and near a corner of the polytope, one permutation, as well."""
+    part = shaken(connection(kind), scale=scale)
+    res = np.asarray(read(part, jnp.asarray(random(B, 64, 4 * C), jnp.float32))[1].res)
+    assert res.min() >= 0
+    for axis in (0, 1):
+        assert np.abs(res.sum(axis=axis, dtype=np.float64) - 1).max() < 8 * np.finfo(np.float32).eps
+    assert res.std(axis=-1).max() > 0.02  # it depends on the token
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_exact_kinds_start_near_the_identity_as_published(kind):
+    """Logits are 0 for the identity and -8 for every other permutation. A stream stays in its place in 5 of 23 others."""
+    res = np.asarray(read(connection(kind), jnp.asarray(random(B, S, 4 * C), jnp.float32))[1].res)
+    low = np.exp(-8.0)
+    diagonal = {"mhc_lite": (1 + 5 * low) / (1 + 23 * low), "kromhc": 1 / (1 + low) ** 2}[kind]
+    assert np.diagonal(res) == pytest.approx(np.full((B * S, 4), diagonal), abs=1e-6)
 
 
 def slopes(part, x, collapse_to_mean: bool = False) -> dict[str, list[float]]:
@@ -222,3 +277,13 @@ def test_mhc_mixing_before_a_mean_of_streams_learns_only_what_sinkhorn_leaves_un
         assert low <= before_mean[name][2] / elsewhere[name][2] < high
         assert before_mean[name][0] > 1e-3 * elsewhere[name][0]
         assert before_mean[name][1] > 1e-3 * elsewhere[name][1]
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_exact_mixing_before_a_mean_of_streams_does_not_learn(float64, kind):
+    """What LEARNS_BEFORE_A_SUM says of the kinds whose column sums are one to rounding."""
+    part, x = shaken(widened(connection(kind))), jnp.asarray(random(B, S, 4 * C, seed=4))
+    before_mean, elsewhere = slopes(part, x, collapse_to_mean=True), slopes(part, x)
+    for name in before_mean:
+        for learns, one, many in zip(part.LEARNS_BEFORE_A_SUM, before_mean[name], elsewhere[name]):
+            assert (one > 1e-3 * many) if learns else (one < 1e-10 * many)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ngrams_made import made
-from small import KINDS, make, only, relative, shaken
+from small import FORMS, make, only, relative, shaken
 from small import small as small_of_three
 
 from mhc_jax.data.ngrams.hashing import NgramHash
@@ -93,7 +93,7 @@ def largest_error(config, cuts, dtype=jnp.float64):
 
 SPARSELY = {"attention__q_rank": 6, "attention__sparse": SPARSE}
 CASES = {
-    **{kind: {"residual": kind} for kind in KINDS},
+    **{kind: {"residual": kind} for kind in FORMS},
     "qk_norm, plain": {"residual": "residual", "attention__qk_norm": True},
     "learned collapse, query latent": {"connections__collapse": "learned", "attention__q_rank": 6},
     "sum, all dense": {"connections__collapse": "sum", "dense_layers": 2},

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from small import BASE
 
 from mhc_jax.config import override
-from mhc_jax.nn.expert_parallel import ROOM
+from mhc_jax.nn.expert_parallel import FURTHER_ROUNDS, ROOM
 from mhc_jax.nn.module import named_parameters
 from mhc_jax.parallel.mesh import make_mesh
 from mhc_jax.parallel.rules import Rules
@@ -31,7 +31,6 @@ SHAPE = {
     "train.batch_size": SEQUENCES,
 }
 COLLECTIVE = re.compile(r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
-FURTHER_ROUND = re.compile(r"shard_map/cond/branch_0_fun/(eval_jaxpr/)?while/body")  # in the name of an operation
 
 
 def exchanged(config, mesh):
@@ -45,7 +44,7 @@ def exchanged(config, mesh):
     with jax.set_mesh(mesh):
         text = jax.jit(lambda state, batch: gradients(state, batch, config, rules)).lower(state, batch).compile().as_text()
     for line in text.splitlines():
-        if not (found := COLLECTIVE.search(line)) or FURTHER_ROUND.search(line):
+        if not (found := COLLECTIVE.search(line)) or FURTHER_ROUNDS in line:
             continue
         shapes, kind = found.groups()
         yield kind, [tuple(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\[([\d,]*)\]", shapes)]
@@ -62,8 +61,8 @@ def by_hand(config):
     visits = ROOM * tokens * config.model.moe.top_k
     return {
         "all-gather": 2 * layers + experts + ends,
-        "all-reduce": layers + experts + 2 * ends // mesh.fsdp,  # a device's own part of embedding and head, and whole layers on a CPU
-        "reduce-scatter": ends // mesh.fsdp,
+        "all-reduce": layers + 2 * ends // mesh.fsdp,  # a device's own part of embedding and head, and on a CPU whole layers but experts
+        "reduce-scatter": (experts + ends) // mesh.fsdp,
         "all-to-all": 4 * visits * WIDTH + 2 * tokens * WIDTH,  # experts: there and back, twice; embedding
         "collective-permute": 0,
     }

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from small import KINDS, make, make_batch, relative, shaken, small, tree_relative, widened
+from small import FORMS, make, make_batch, relative, shaken, small, tree_relative, widened
 
 from mhc_jax.config import MeshConfig
 from mhc_jax.engram_config import EngramConfig
@@ -25,7 +25,7 @@ SIZES = {"num_layers": 2, "attention__num_heads": 8, "moe__num_experts": 8, "moe
 SPARSE = {"stage": "sparse", "index_heads": 8, "index_dim": 8, "top_k": 8, "query_chunk": 8}
 MEMORY = {"layers": (1,), "table_sizes": (11, 13), "heads": 2, "head_dim": 4}
 PARTS = {
-    **{kind: {"residual": kind} for kind in KINDS},
+    **{kind: {"residual": kind} for kind in FORMS},
     "qk_norm": {"residual": "residual", "attention__qk_norm": True},
     "groups": {"residual": "residual", "moe__num_groups": 4, "moe__top_groups": 2},
     "learned collapse": {"connections__collapse": "learned"},

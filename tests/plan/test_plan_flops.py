@@ -38,15 +38,15 @@ def test_matrices_take_two_flops_a_parameter_that_is_active(name):
     assert least < (flops.total - vectors) / (2 * count_parameters(config.model).active) <= 1
 
 
-@pytest.mark.parametrize("residual", ["residual", "static_hc", "hc", "identity_hc", "mhc"])
+@pytest.mark.parametrize("residual", ["residual", "static_hc", "hc", "identity_hc", "mhc", "mhc_lite", "kromhc"])
 def test_mappings_by_hand(residual):
     """n = 4 streams of C = 16 at 6 sites, hence 2 n C = 128 FLOPs a column of coefficients."""
     model = small(residual=residual)
     config = override(get("laptop"), {"model": model})
-    columns = {"residual": 0, "static_hc": 0, "hc": 6, "identity_hc": 8, "mhc": 24}[residual]
-    sinkhorn = 4 * 16 * 20 if residual == "mhc" else 0
+    columns = {"residual": 0, "static_hc": 0, "hc": 6, "identity_hc": 8, "mhc": 24, "mhc_lite": 32, "kromhc": 12}[residual]
+    res = {"mhc": 4 * 16 * 20, "mhc_lite": 2 * 16 * 24, "kromhc": 2 * (2 * 4 * 2) + 16}.get(residual, 0)
     parts = forward_flops(config, 8).parts
-    assert parts["stream mappings"] == 6 * (128 * columns + sinkhorn)
+    assert parts["stream mappings"] == 6 * (128 * columns + res)
     mixed = {"residual": 0, "identity_hc": 8}.get(residual, 24)
     assert parts["stream mixing"] == 6 * 2 * 16 * mixed + (64 if mixed else 0)
 

@@ -7,6 +7,7 @@ from mhc_jax.cli import main
 from mhc_jax.config import override
 from mhc_jax.errors import UserError
 from mhc_jax.plan.collectives import cost_of, group_of, span_of
+from mhc_jax.plan.compile import needed_bytes
 from mhc_jax.plan.model import model_step
 from mhc_jax.plan.plan import with_mesh
 from mhc_jax.plan.products import flops_of, grouped_product
@@ -118,6 +119,15 @@ def test_loops_multiply_and_waits_show_what_is_not_hidden():
     assert step.seconds == pytest.approx(sum(step.by_part().values()))
 
 
+def test_rounds_that_balanced_routing_does_not_need_are_left_out_and_a_note_says_so():
+    text = HLO.replace(
+        "condition=%condition, body=%body", 'condition=%condition, body=%body, metadata={op_name="experts/further_rounds/while"}'
+    )
+    step = model_step(parse_module(text), {}, parse("v5e:4x4"), SQUARE)
+    assert "product" not in {operation.name for operation in step.operations}
+    assert any("uneven routing" in note for note in step.notes)
+
+
 def test_collective_kinds_cost_what_the_model_says():
     module = parse_module(HLO)
     topology = parse("v5e:4x4")
@@ -218,3 +228,11 @@ def test_plan_of_a_small_step(tmp_path, capsys):
             assert plan["modelled_seconds"][part] > 0
     assert mhc["modelled_seconds"]["residual connections"] > plain["modelled_seconds"].get("residual connections", 0)
     assert mhc["step_seconds"] > plain["step_seconds"]
+
+
+def test_a_refusal_for_want_of_memory_is_read_however_early_it_comes():
+    laid_out = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 96.50G of 95.74G hbm."
+    early = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, memory required for HLO temporaries (136.5G) exceeds available HBM (95.74G)."
+    assert needed_bytes(laid_out, arguments=2**30) == 96.5 * 2**30
+    assert needed_bytes(early, arguments=2**30) == 137.5 * 2**30
+    assert needed_bytes("INTERNAL: Mosaic failed to compile", arguments=0) is None

@@ -64,7 +64,8 @@ def test_the_plain_decoder_multiplies_what_the_formula_says(q_rank):
 
 def test_mappings_are_the_products_that_the_kinds_differ_by():
     """The mixing itself, which is no matrix product or a small one, is the same for both kinds of a pair."""
-    found = {kind: program(dense(residual=kind)) for kind in ("static_hc", "hc", "identity_hc", "mhc")}
-    columns = {"static_hc": 0, "hc": 6, "identity_hc": 8, "mhc": 24}
+    found = {kind: program(dense(residual=kind)) for kind in ("static_hc", "hc", "identity_hc", "mhc", "mhc_lite", "kromhc")}
+    columns = {"static_hc": 0, "hc": 6, "identity_hc": 8, "mhc": 24, "mhc_lite": 32, "kromhc": 12}
+    of_res = {"mhc_lite": 2 * 16 * 24, "kromhc": 2 * (2 * 4 * 2)}  # weights times permutation matrices
     for kind, flops in found.items():
-        assert flops - found["static_hc"] == 6 * 2 * 4 * 16 * columns[kind]
+        assert flops - found["static_hc"] == 6 * (2 * 4 * 16 * columns[kind] + of_res.get(kind, 0))

@@ -46,6 +46,17 @@ def test_first_sublayers_idle_mappings_never_move(tiny, dense_layers):
     assert np.all(np.asarray(updates.moe_layers.attention_connection.bias[-1]) != 0)
 
 
+def test_mixing_that_a_mean_of_streams_cannot_see_never_moves(tiny):
+    """The last H_res, of a kind whose column sums are exact; with a learned collapse it learns as any other."""
+    for collapse, still in (("mean", True), ("sum", True), ("learned", False)):
+        config = override(tiny, {"model.residual": "kromhc", "model.connections.collapse": collapse}).model
+        model = jax.eval_shape(lambda config=config: Decoder(config, jax.random.key(0)))
+        mask = jax.tree.map(jnp.asarray, update_mask(jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), model)))
+        n, last = config.connections.streams, np.asarray(jnp.broadcast_to(mask.moe_layers.ffn_connection.bias, (2, 12)))[-1]
+        np.testing.assert_array_equal(last, [1] * 2 * n + [0 if still else 1] * 4)
+        assert np.all(np.asarray(mask.moe_layers.attention_connection.bias) == 1)
+
+
 def orthogonalised(matrix):
     """Muon's direction for a matrix [rows, columns] at its first step: momentum is the gradient; then five steps of Newton and Schulz."""
     x = matrix / np.linalg.norm(matrix)

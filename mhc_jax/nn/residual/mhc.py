@@ -30,7 +30,7 @@ PRE_FAVOURED = 0.7  # initial share that a sublayer reads from its favoured stre
 
 
 def projected(
-    x: Float[Array, "B S nC"], phi: Float[Array, "K nC"], alpha: Float[Array, ""], bias: Float[Array, "K"], eps: float
+    x: Float[Array, "B S nC"], phi: Float[Array, "K nC"], alpha: Float[Array, ""] | Float[Array, "K 1"], bias: Float[Array, "K"], eps: float
 ) -> Float[Array, "K T"]:
     """alpha * (phi . x / rms(x)) + bias for every token, float32 or wider (Eq. 14-16).
 

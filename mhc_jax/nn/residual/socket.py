@@ -3,15 +3,15 @@
 A sublayer's output is not written at once: it stays pending, and the next connection's seam writes it and reads its own input in one go,
 because the two together move far fewer bytes than each alone.
 
-A third part is a subclass of `Connection` with its parameters, `mapping`, `coefficients` and `groups`, and a line in
-`mhc_jax.nn.decoder.CONNECTIONS`.
+Another part is a subclass of `Connection` with its parameters, `mapping`, `coefficients` and `groups`; `kinds.register` gives it a name.
+docs/add_a_residual_part.md shows one.
 """
 
 from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mhc_jax.config import ModelConfig
 from mhc_jax.nn.module import Module
@@ -27,6 +27,8 @@ class Connection(Module):
     # Whether each mapping (pre, post, res) has a gradient while all streams are equal copies, as they are at the first sublayer of the
     # network. Where it has none, what comes out is rounding noise, which Adam with a tiny epsilon would turn into full steps.
     LEARNS_FROM_EQUAL_STREAMS: ClassVar[tuple[bool, ...]] = ()
+    # The same at the last sublayer where the network ends in a mean or sum of the streams, which sees nothing of H_res but its column sums.
+    LEARNS_BEFORE_A_SUM: ClassVar[tuple[bool, ...]] = ()
 
     def __init__(self, config: ModelConfig, sublayer: Int[Array, ""], key: PRNGKeyArray):
         """Initial parameters of sublayer 0, 1, ... of the network; called under `jax.vmap` to make a stack of layers."""
@@ -41,8 +43,8 @@ class Connection(Module):
         """The mappings for every token, packed, float32 or wider."""
         raise NotImplementedError
 
-    def res_logits(self, x: Float[Array, "B S nC"]) -> Float[Array, "n n T"] | None:
-        """Logits of H_res before Sinkhorn, where there are such."""
+    def res_logits(self, x: Float[Array, "B S nC"]) -> Float[Array, "*R T"] | None:
+        """Logits that H_res is made of, where there are such."""
         return None
 
     def seam(self, pending: Pending, rules: Rules) -> tuple[Float[Array, "B S nC"], Float[Array, "B S C"], Float[Array, "K T"] | None]:
@@ -69,16 +71,13 @@ class Connection(Module):
         return on_shards(post, rules, given=(STREAMS, STREAMS, TOKENS_LAST), results=STREAMS)(x, y, h)
 
     def groups(self) -> dict[str, tuple[int, ...]]:
-        """How axis 0 of each parameter divides into the mappings of LEARNS_FROM_EQUAL_STREAMS."""
+        """How axis 0 of each parameter divides into pre, post and res."""
         raise NotImplementedError
 
-    def update_mask(self, first: Bool[Array, "L"]) -> dict[str, Float[Array, "L _"]]:
-        """1 where a parameter of the L stacked sublayers may be updated, 0 at the first sublayer's mappings that cannot learn."""
-        masks = {}
-        for name, sizes in self.groups().items():
-            learns = np.repeat(self.LEARNS_FROM_EQUAL_STREAMS, sizes)
-            masks[name] = jnp.where(first[:, None], jnp.asarray(learns, jnp.float32), 1.0)
-        return masks
+    def update_mask(self, learns: Float[np.ndarray, "L 3"]) -> dict[str, Float[Array, "L _"]]:
+        """1 where a parameter of the L stacked sublayers may be updated; `learns` says so of their pre, post and res."""
+        sizes = self.groups().items()
+        return {name: jnp.asarray(np.repeat(learns[:, : len(own)], own, axis=1), jnp.float32) for name, own in sizes}
 
 
 class PlainResidual(Connection):

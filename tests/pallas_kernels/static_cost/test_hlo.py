@@ -129,6 +129,15 @@ def test_a_prefetch_into_vmem_takes_the_time_of_its_bytes():
     assert found.modelled_us == pytest.approx(transfer + 1000 / CHIP.clock_ghz / 1e3)
 
 
+@pytest.mark.parametrize(("last", "moved"), [("transpose(%x), dimensions={1,0}", 1024), ("dynamic-update-slice(%x, %rows, %at, %at)", 8)])
+def test_what_only_moves_is_charged_for_what_it_moves(last, moved):
+    rows = "%rows = f32[8,1024]{1,0:T(8,128)} bitcast(%x)\n  %at = s32[] constant(0)\n  ROOT"
+    text = STRAIGHT.format(last=last).replace("ROOT %last", rows + " %last")
+    found = model_cost(parse_module(text), {}, CHIP, "v6e:2x2", floor_bytes=1)
+    (row,) = [row for row in found.operations if row.name == "last"]
+    assert found.valid and row.hbm_bytes == 2 * moved * 1024 * 4
+
+
 def test_where_a_listing_cannot_be_run_the_compilers_estimate_stands_and_is_said():
     module = parse_module(STRAIGHT.format(last=f"fusion(%x), kind=kLoop, calls=%fused, {BODY}"))
     listings = {"last": (Path(__file__).parent / "recorded" / "dynamic_loop_v6e.txt").read_text()}
