@@ -59,7 +59,7 @@ class Rows(NamedTuple):
 def _visited(x, experts, weights, inner, out, *, layout):
     rows, multiply = layout(experts, inner.shape[0])
     hidden = gated(multiply(dispatch(x, rows), inner.astype(x.dtype)))
-    # Weighted before the second product and not after it: so nobody needs that product's result for a gradient, neither kept nor made again.
+    # Weighted before the second product and not after it: so no gradient needs what that product gave, kept or made again.
     weighted = (spread(weights, rows)[:, None] * hidden).astype(x.dtype)
     return collect(multiply(weighted, out.astype(x.dtype)), rows)
 
