@@ -33,6 +33,7 @@ class FigureSpec:
     reading: str  # two sentences: what is drawn, and what to look for
     draw: Callable[[Results], Figure]
     applies: Callable[[Results], bool]
+    whole: bool = False  # draws the list as a whole, however many variants it has; the others draw each variant
 
 
 FIGURES = (
@@ -122,6 +123,7 @@ FIGURES = (
         "rates.",
         rates_figure,
         is_rate_grid,
+        whole=True,
     ),
     FigureSpec(
         "allocation",
@@ -131,6 +133,7 @@ FIGURES = (
         "can move them.",
         allocation_figure,
         is_allocation,
+        whole=True,
     ),
     FigureSpec(
         "gates",

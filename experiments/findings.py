@@ -4,9 +4,10 @@ import math
 
 from mhc_jax.experiments import formats
 from mhc_jax.experiments.rates import curves, rate_findings, rate_warnings
-from mhc_jax.experiments.results import Results, Variant
+from mhc_jax.experiments.results import Results, Variant, lowest
 from mhc_jax.residual_kinds import KINDS
 
+MOST_NAMES = 6
 ROUNDING = 1e-3  # relative; sums of float32 products over many sublayers
 
 
@@ -14,7 +15,8 @@ def findings(results: Results) -> list[str]:
     """One sentence or two a finding; empty while no run has finished."""
     if not results.variants:
         return []
-    return [*_losses(results), *rate_findings(results), *_gains(results), *_incidents(results), *_cost(results)]
+    few = lowest(results)
+    return [*_losses(results), *rate_findings(results), *_gains(few), *_incidents(results), *_cost(few)]
 
 
 def warnings(results: Results) -> list[str]:
@@ -48,7 +50,8 @@ def _losses(results: Results) -> list[str]:
         lines.append(f"`{best.name}` ends at a held-out loss of {formats.mean(best.statistics['loss'], formats.loss)} nats.")
     in_grid = {name for curve in curves(results) for name in curve.variants}  # these are compared at their best rates instead
     if results.baseline is not None:
-        others = [variant for variant in finite if variant is not results.baseline and variant.name not in in_grid]
+        told = [variant for variant in lowest(results).variants if variant in finite and variant.name not in in_grid]
+        others = [variant for variant in told if variant is not results.baseline]
         lines += [_gap(variant, results.baseline) for variant in others]
     blind = [v.name for v in finite if (v.statistics["loss"].mean or 0.0) >= (v.statistics["unigram_entropy"].mean or math.inf)]
     if blind:
@@ -128,12 +131,18 @@ def _cost(results: Results) -> list[str]:
     if results.baseline is None:
         return []
     parts = []
+    rate = results.baseline.records[0].config.optimizer.learning_rate
+    in_grid = {name for curve in curves(results) for name in curve.variants}
     for variant in results.variants:
         ratio = variant.statistics["step_time_ratio"].mean
-        if variant is not results.baseline and ratio is not None:
+        same_rate = variant.records[0].config.optimizer.learning_rate == rate  # another takes no other time
+        if variant is not results.baseline and ratio is not None and (same_rate or variant.name not in in_grid):
             parts.append(f"`{variant.name}` {ratio:.2f} times")
     return [f"Step time relative to `{results.baseline.name}`: {', '.join(parts)}."] if parts else []
 
 
 def _names(names: list[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
+    """All of a few names; of the dozens that a sweep has, the first ones."""
+    shown = names if len(names) <= MOST_NAMES else names[: MOST_NAMES - 1]
+    text = ", ".join(f"`{name}`" for name in shown)
+    return text if len(shown) == len(names) else f"{text} and {len(names) - len(shown)} others"

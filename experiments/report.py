@@ -15,7 +15,9 @@ from mhc_jax.experiments.figures_memory import memory_blocks
 from mhc_jax.experiments.findings import findings, warnings
 from mhc_jax.experiments.published import SOURCE
 from mhc_jax.experiments.rates import rate_blocks
-from mhc_jax.experiments.results import Results, load_results, results_json
+from mhc_jax.experiments.results import MOST_SHOWN, Results, load_results, lowest, results_json
+from mhc_jax.experiments.scaling_report import scaling_blocks
+from mhc_jax.experiments.scaling_study import is_scaling
 from mhc_jax.files import AnyPath, write_atomically, write_json
 
 
@@ -27,12 +29,18 @@ def write_report(folder: AnyPath, say: Callable[[str], None] = print) -> None:
     """
     results = load_results(folder)
     write_json(folder / "results.json", results_json(results))
+    drawn = lowest(results)
+    # Of a study over scale with its dozens of variants, figures that draw each of them cannot be read.
+    specs = () if is_scaling(results) else FIGURES
     pictures = [
-        Picture(f"figures/{spec.stem}.png", spec.title, spec.reading, render(spec, results)) for spec in FIGURES if spec.applies(results)
+        Picture(f"figures/{spec.stem}.png", spec.title, spec.reading, render(spec, own))
+        for spec in specs
+        if spec.applies(own := results if spec.whole else drawn)
     ]
-    for picture in pictures:
-        write_atomically(folder / picture.path, picture.png)
     blocks = report_blocks(results, pictures)
+    for block in blocks:
+        if isinstance(block, Picture):
+            write_atomically(folder / block.path, block.png)
     write_atomically(folder / "report.md", to_markdown(blocks))
     write_atomically(folder / "report.html", to_html(results.runs.name, blocks))
     say(f"report: {folder / 'report.html'} ({len(results.records)} of {len(results.runs.runs)} runs)")
@@ -44,6 +52,7 @@ def report_blocks(results: Results, pictures: Iterable[Picture]) -> list[Block]:
         Heading(results.runs.name, level=1),
         Paragraph(results.runs.question),
         *_progress(results),
+        *(scaling_blocks(results) if is_scaling(results) else []),
         *_numbers(results),
         *rate_blocks(results),
         Heading("What was run"),
@@ -69,6 +78,9 @@ def _numbers(results: Results) -> list[Block]:
     blocks: list[Block] = [Heading("Findings"), *(Paragraph(text, note=True) for text in warnings(results)), Items(findings(results))]
     gap = f" A gap is the difference to `{results.runs.baseline}` with the same seed." if results.runs.baseline else ""
     spread = " ± is the standard deviation over seeds." if any(len(variant.records) > 1 for variant in results.variants) else ""
+    if lowest(results) is not results:
+        which = f"the {MOST_SHOWN} variants with the lowest loss{' and the baseline' if results.runs.baseline else ''}"
+        blocks.append(Paragraph(f"Findings and figures that go variant by variant are of {which}; the tables hold all."))
     return [
         *blocks,
         Heading("Numbers"),
@@ -126,7 +138,7 @@ def _figures(pictures: Iterable[Picture]) -> list[Block]:
 
 def _published(results: Results) -> list[Block]:
     table = tables.published_table(results)
-    if table is None:
+    if table is None or is_scaling(results):
         return []
     summaries = [record.summary for record in results.records]
     here = f"{_range([s.parameters for s in summaries])} parameters and {_range([s.tokens for s in summaries])} tokens"

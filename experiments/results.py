@@ -36,6 +36,9 @@ AVERAGED = (
 )
 
 
+MOST_SHOWN = 20  # variants that have a curve, a panel or a sentence of their own
+
+
 @dataclass(frozen=True)
 class Statistic:
     """A number over seeds."""
@@ -84,6 +87,18 @@ class Results:
     def baseline(self) -> Variant | None:
         """The variant that the others are compared with, if it is named and has a finished run."""
         return next((variant for variant in self.variants if variant.name == self.runs.baseline), None)
+
+
+def lowest(results: Results, most: int = MOST_SHOWN) -> Results:
+    """The results with the baseline and `most` variants of lowest loss, for what cannot show hundreds; the same where there are fewer."""
+    if len(results.variants) <= most:
+        return results
+    means = {variant.name: variant.statistics["loss"].mean for variant in results.variants}
+    ranked = sorted(means, key=lambda name: math.inf if (mean := means[name]) is None else mean)
+    names = {*ranked[:most], results.runs.baseline}
+    runs = tuple(run for run in results.runs.runs if run.variant in names)
+    variants = tuple(variant for variant in results.variants if variant.name in names)
+    return dataclasses.replace(results, runs=dataclasses.replace(results.runs, runs=runs), variants=variants)
 
 
 def statistic(values: Sequence[float]) -> Statistic:

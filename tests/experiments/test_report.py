@@ -1,5 +1,6 @@
 """What a report must contain, what it must never contain, and lists that are not a complete ablation."""
 
+import dataclasses
 import json
 import re
 
@@ -14,6 +15,7 @@ from mhc_jax.experiments.findings import findings
 from mhc_jax.experiments.report import write_report
 from mhc_jax.experiments.results import load_results
 from mhc_jax.experiments.runs import Run, RunList, save_runs
+from mhc_jax.experiments.sweeps import field, sweep
 
 EXTERNAL = re.compile(r"""(src|href)\s*=\s*(?!"data:)|url\(|<script|@import|<link""")
 
@@ -156,6 +158,22 @@ def test_runs_that_cannot_be_compared_are_pointed_out(tmp_path, monkeypatch):
     assert "Training tokens were repeated (up to 3.00 passes)" in markdown
     assert "The held-out loss of `hc` is not finite" in markdown
     assert "The composite gain of `hc` did not stay finite." in markdown
+
+
+def test_a_long_list_shows_the_lowest_losses_and_its_tables_all(tmp_path, monkeypatch):
+    drawn = []
+    spec = dataclasses.replace(FIGURES[0], draw=lambda results: drawn.append(results.variants) or FIGURES[0].draw(results))
+    monkeypatch.setattr("mhc_jax.experiments.report.FIGURES", (spec,))
+    base = tiny_config(steps=4, eval_every=2, layers=2)
+    runs = sweep("long", "?", base, field("model.dense_dim", *range(64, 64 + 24 * 8, 8)), baseline={"model.dense_dim": 64})
+    losses = {run.name: {"loss": 5.0 - number / 10 if number else None} for number, run in enumerate(runs.runs)}
+    write_list(tmp_path, runs, change=losses)
+    write_report(tmp_path, quiet)
+    assert [variant.name for variant in drawn[0]] == [f"dense_dim={size}" for size in (64, *range(96, 64 + 24 * 8, 8))]
+    markdown = (tmp_path / "report.md").read_text()
+    assert "of the 20 variants with the lowest loss and the baseline; the tables hold all" in markdown
+    assert "| dense_dim=72 | 1 | 4.9000 |" in markdown
+    assert len(load_results(tmp_path).variants) == 24
 
 
 def test_a_sweep_without_a_baseline(tmp_path):
