@@ -14,7 +14,8 @@ from mhc_jax.experiments.style import styled
 from mhc_jax.files import AnyPath, write_atomically
 
 Say = Callable[[str], None]
-Study = Callable[[AnyPath, str, Say], None]  # folder, the command line that asked for it, what is told of a line at a time
+# Folder, the command line that asked for it, what is told of a line at a time; and the folder of a run list, where a study reads one.
+Study = Callable[..., None]
 
 
 def write_study(folder: AnyPath, title: str, blocks: Sequence[Block], say: Say) -> None:

@@ -60,6 +60,7 @@ class StudyOptions:
     """Answer a named question and write a report; the same command again goes on from what is there."""
 
     out: str | None = None  # folder of the report, here or in an object store; default runs/NAME
+    source: str | None = None  # folder of the run list that stability_at_depth reads; default runs/stability
 
 
 @dataclass(frozen=True)

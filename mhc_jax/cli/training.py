@@ -114,15 +114,18 @@ def sweep(args: list[str]) -> None:
 
 def study(args: list[str]) -> None:
     """A question that no list of runs fits."""
-    from mhc_jax.experiments.studies import STUDIES
+    from mhc_jax.experiments.studies import SOURCES, STUDIES
 
     if not args or args[0] not in STUDIES:
         given = f"there is no study {shown(args[0])}" if args and not args[0].startswith("-") else "name a study: mhc-jax study NAME"
         raise UserError(f"{given}; the studies are {', '.join(STUDIES)}")
     name = args[0]
     options = tyro.cli(StudyOptions, prog=f"mhc-jax study {name}", args=args[1:])
+    if options.source is not None and name not in SOURCES:
+        raise UserError(f"--source: the study {name} reads no runs; leave it out")
+    source = [to_path(options.source) if options.source is not None else Path("runs") / SOURCES[name]] if name in SOURCES else []
     jax_setup.prepare_jax()
-    STUDIES[name](to_path(options.out) if options.out else Path("runs") / name, shlex.join(["mhc-jax", "study", *args]), print)
+    STUDIES[name](to_path(options.out) if options.out else Path("runs") / name, shlex.join(["mhc-jax", "study", *args]), print, *source)
 
 
 def report(args: list[str]) -> None:
