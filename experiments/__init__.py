@@ -25,6 +25,9 @@
     sparse_attention_cost  what sparse attention costs over position; attention_modelled asks the TPU compiler,
                   published_costs is DeepSeek's own curve
     economics     what a model costs to train and to serve; economics_checks holds the arithmetic against published numbers
+    scaling       the sweep over size and compute; scaling_study reads such a list, scaling_report and scaling_figures say and draw it
+    scaling_law   the fit of L(N, D), on arrays; scaling_search its search, scaling_isoflop profiles at equal compute, scaling_points the
+                  bootstrap; scaling_refit fits published points again, scaling_published holds published coefficients and gaps
     needle        whether sparse attention finds what dense attention finds; needle_task makes the sequences
     torch_*       the same shape in PyTorch beside them; torch_baseline runs in an environment of its own and imports nothing from here
 

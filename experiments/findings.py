@@ -7,6 +7,7 @@ from mhc_jax.experiments.rates import curves, rate_findings, rate_warnings
 from mhc_jax.experiments.results import Results, Variant, lowest
 from mhc_jax.residual_kinds import KINDS
 
+MOST_NAMES = 6
 ROUNDING = 1e-3  # relative; sums of float32 products over many sublayers
 
 
@@ -141,4 +142,7 @@ def _cost(results: Results) -> list[str]:
 
 
 def _names(names: list[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
+    """All of a few names; of the dozens that a sweep has, the first ones."""
+    shown = names if len(names) <= MOST_NAMES else names[: MOST_NAMES - 1]
+    text = ", ".join(f"`{name}`" for name in shown)
+    return text if len(shown) == len(names) else f"{text} and {len(names) - len(shown)} others"

@@ -68,6 +68,7 @@ def isoflop_figure(found: Mapping[str, Kind]) -> Figure:
             _within_and_beyond(last, (min(flops), max(flops)), law, color, f"{name}: exponent {law.exponent:.2f}")
     panels[0].set_ylabel("held-out loss (nats per token)")
     last.set(title="lowest points", xlabel="FLOPs C")
+    last.set_visible(bool(last.lines))
     if last.lines:  # an empty axis has no logarithm
         _counts(last)
         last.set_yscale("log")
@@ -100,9 +101,9 @@ def gap_figure(found: Mapping[str, Gap]) -> Figure:
         axes.set_xscale("log")
         axes.set_xlabel("FLOPs of the plain residual's training")
     here.set(title="Loss minus the plain residual's, here", ylabel="loss gap (nats per token)")
-    here.legend(fontsize=8)
+    here.legend(fontsize=8, loc="best")
     there.set_title("mHC elsewhere (published)")
-    there.legend(fontsize=7)
+    there.legend(fontsize=7, loc="lower right")
     return figure
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from mhc_jax.experiments import formats
 from mhc_jax.experiments.document import Block, Code, Heading, Paragraph, Picture, Table
@@ -108,6 +109,9 @@ def ratio_figure(found: Refit) -> Figure:
         axes.plot(beyond, _ratio(law, beyond), color=color, dashes=(4, 2))
     axes.axhline(20, color="#888888", linewidth=1.2, linestyle=":", label="20 tokens a parameter")
     axes.set(xscale="log", yscale="log", xlabel="FLOPs C = 6 N D", ylabel="tokens per parameter at the optimum")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.legend()
     return figure
 

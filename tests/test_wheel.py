@@ -17,7 +17,7 @@ def test_the_wheel_works_outside_the_checkout(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"mhc_jax", "pallas_kernels"}
-    for path in ("configs/laptop.py", "experiments/report.py", "py.typed"):
+    for path in ("configs/laptop.py", "experiments/report.py", "experiments/chinchilla_figure_4.csv", "py.typed"):
         assert f"mhc_jax/{path}" in names
     assert "pallas_kernels/py.typed" in names
 
