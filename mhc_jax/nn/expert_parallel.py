@@ -206,7 +206,7 @@ def _further_rounds_bwd(peers, way, saved, g):
 
     def one_more(carry):
         number, sums = carry
-        _, pull = jax.vjp(lambda *learnt: _one_round(*learnt, travels, number), *learnt)
+        _, pull = jax.vjp(lambda x, weights, inner, out: _one_round(x, weights, inner, out, travels, number), *learnt)
         return number + 1, jax.tree.map(jnp.add, sums, pull(g))
 
     nothing = tuple(map(jnp.zeros_like, learnt))
