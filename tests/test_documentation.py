@@ -1,5 +1,6 @@
 """The documentation: the site builds without a warning, and every page can be reached."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -58,3 +59,20 @@ def test_the_site_builds(tmp_path):
         "notebooks/birkhoff_geometry": "image/png",
     }.items():
         assert words in (tmp_path / "site" / page / "index.html").read_text(encoding="utf-8")
+
+
+def test_quoted_messages_are_those_of_the_library():
+    """What troubleshooting.md quotes between names and numbers stands in a string of the sources."""
+    strings = []
+    for path in (*(ROOT / "mhc_jax").rglob("*.py"), *(ROOT / "experiments").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                strings.append(node.value)
+    known = "\n".join(strings)
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [words for row in re.findall(r"^\| (.*?) \|", page, re.M) for words in re.findall(r"`([^`]+)`", row)]
+    # Numbers, names of fields and of files are the user's; the words between them are the library's.
+    pieces = [piece.strip() for words in quoted for piece in re.split(r"\.\.\.|\S*[\d'\"_]\S*|\S*\.\w\S*|\bNone\b", words)]
+    pieces = [piece for piece in pieces if piece.count(" ") >= 2]
+    assert len(pieces) > 25
+    assert [piece for piece in pieces if piece not in known] == []
