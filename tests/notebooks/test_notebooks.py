@@ -32,7 +32,7 @@ def draws(source: str) -> bool:
 
 def test_all_are_there():
     stems = {path.stem for path in NOTEBOOKS}
-    assert stems == {"sinkhorn_convergence", "birkhoff_geometry", "stability_ablation", "engram_hashing"}
+    assert stems == {"sinkhorn_convergence", "birkhoff_geometry", "stability_ablation", "engram_hashing", "sparse_attention"}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
