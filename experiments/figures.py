@@ -111,7 +111,7 @@ FIGURES = (
         "Rows are normalised last and are exact, so the columns carry what the finite number of Sinkhorn steps leaves undone: one point is "
         "one sublayer with its worst token (on the lower edge: 1e-9 or less), the grey curves are random normal logits in float64. Points "
         "at a logit standard deviation above about 2 may miss double stochasticity by a per cent or more; nearly diagonal logits converge "
-        "faster than random ones.",
+        "more slowly than random ones of the same deviation.",
         column_error_figure,
         lambda results: bool(with_sinkhorn(results)),
     ),

@@ -90,14 +90,14 @@ def matrices_figure(results: Results) -> Figure:
         panels[0].set_ylabel(variant.name, fontweight="bold", fontsize=11)
         for axes, index in zip(panels, (0, half - 1, count - 1)):
             trained = " " if stability.learnable[-1, index, RES] else "(kept out of training)"
-            _heat_map(axes, stability.res[-1, index], f"sublayer {index + 1}\n{trained}")
+            heat_map(axes, stability.res[-1, index], f"sublayer {index + 1}\n{trained}")
         products = {
             f"1 to {half}": stability.res_composite[-1, half - 1],
             f"{half + 1} to {count}": stability.res_composite_rest[-1, half],
             f"1 to {count}": stability.res_composite[-1, -1],
         }
         for axes, (span, product) in zip(panels[3:], products.items()):
-            _heat_map(axes, product, f"product of {span}\n ")
+            heat_map(axes, product, f"product of {span}\n ")
     return figure
 
 
@@ -182,7 +182,8 @@ def _over_depth(axes: Axes, variant: Variant, name: str, style: LineStyle) -> No
         axes.fill_between(sublayer, curves.min(axis=0), curves.max(axis=0), color=style.color, alpha=0.18, linewidth=0)
 
 
-def _heat_map(axes: Axes, matrix: np.ndarray, title: str) -> None:
+def heat_map(axes: Axes, matrix: np.ndarray, title: str) -> None:
+    """A residual matrix [n, n] with its entries written in, and the largest absolute row and column sums under it."""
     reach = max(1.0, float(np.abs(matrix).max()))
     axes.imshow(matrix, cmap="RdBu_r", vmin=-reach, vmax=reach)
     size = 9 if len(matrix) <= 4 else 6

@@ -87,7 +87,7 @@ def gates_figure(results: Results) -> Figure:
         part = gates[:, row * PER_ROW : (row + 1) * PER_ROW]
         image = axes.imshow(part, vmin=low, vmax=high, cmap="Blues", aspect="auto")
         axes.set_xlim(-0.5, PER_ROW - 0.5)
-        labels = [_shown(token) for token in study.tokens[row * PER_ROW : row * PER_ROW + part.shape[1]]]
+        labels = [token_label(token) for token in study.tokens[row * PER_ROW : row * PER_ROW + part.shape[1]]]
         axes.set_xticks(range(len(labels)), labels, fontsize=8, family="monospace")
         axes.set_yticks(range(len(part)), [f"layer {layer}" for layer in record.config.model.engram.layer_ids], fontsize=8)
         axes.grid(False)
@@ -134,7 +134,7 @@ def _mean(values: Iterable[float]) -> float:
     return float(np.mean(list(values)))
 
 
-def _shown(token: str) -> str:
-    """A token as a short label: white space made visible, dollars kept from matplotlib's mathematics."""
+def token_label(token: str) -> str:
+    """A token as a short label of a figure: white space made visible, dollars kept from matplotlib's mathematics."""
     text = token.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥").replace("$", r"\$")
     return text if len(text) <= 9 else f"{text[:8]}…"

@@ -116,10 +116,11 @@ def _slurm(runs: RunList, chosen: Sequence[Run], folder: AnyPath, jobs: Path) ->
             numbers.setdefault(run.config.mesh.devices, []).append(number)
     lines = [f"data=$(sbatch --parsable {shlex.quote(str(jobs / 'data.sbatch'))})"]
     for devices, own in numbers.items():
-        path, tasks = jobs / f"runs-{devices}.sbatch", min(devices, OF_A_NODE)
+        path = jobs / f"runs-{devices}.sbatch"
+        tasks = max(count for count in range(1, OF_A_NODE + 1) if devices % count == 0)
         whole = own == list(range(own[0], own[-1] + 1)) and len(own) > 1
         array = f"{own[0]}-{own[-1]}" if whole else ",".join(map(str, own))
-        write_atomically(path, SLURM.format(**common, array=array, nodes=-(-devices // tasks), tasks=tasks))
+        write_atomically(path, SLURM.format(**common, array=array, nodes=devices // tasks, tasks=tasks))
         lines.append(f'sbatch --dependency=afterok:"$data" {shlex.quote(str(path))}')
     return lines
 

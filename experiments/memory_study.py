@@ -4,7 +4,7 @@ figures_memory.
 Two questions that the loss does not answer: how full the tables are, and which tokens open the gates.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Int32
 
 from mhc_jax.config import Config, override
+from mhc_jax.data.batch import Batch
 from mhc_jax.data.ngrams.artifact import EngramArtifact, open_artifact
 from mhc_jax.data.ngrams.hashing import NgramHash
 from mhc_jax.data.pipeline import heldout_batches, training_batches
@@ -56,7 +57,7 @@ def study(config: Config, folder: AnyPath) -> MemoryStudy:
     tokenizer = load_tokenizer(data.sources[0].tokenizer, data.vocab_size)
     used = batch["segment_ids"][0] > 0
     tokens = tokenizer.texts(batch["tokens"][0][used].tolist())
-    gates = _gates(config, folder, batch)[:, used]
+    gates = gates_of(config, folder, [batch])[0][:, used]
     return MemoryStudy(
         tables=table_use(training_rows(config, data, artifact), artifact),
         tokens=tuple(tokens),
@@ -93,8 +94,12 @@ def table_use(rows: Int32[np.ndarray, "tokens layers heads"], artifact: EngramAr
     return tuple(found)
 
 
-def _gates(config: Config, folder: AnyPath, batch: dict[str, np.ndarray]) -> np.ndarray:
-    """Mean over streams of the gates of the last checkpoint, [layers with a memory, tokens of the one sequence of the batch]."""
+def gates_of(config: Config, folder: AnyPath, batches: Sequence[Batch]) -> list[np.ndarray]:
+    """Mean over streams of the gates of a finished run's last checkpoint, for each batch of one sequence with its `engram_rows`.
+
+    Returns:
+      [layers with a memory, seq_len] each, float32, between 0 and 1.
+    """
     # A checkpoint is the same wherever the tables lie. Tables that only host memory can hold cannot be studied in this way.
     config = override(config, {"model.engram.tables.placement": "device", "model.engram.tables.hot_rows": 0})
     mesh, rules = make_mesh(config.mesh), Rules()
@@ -103,7 +108,6 @@ def _gates(config: Config, folder: AnyPath, batch: dict[str, np.ndarray]) -> np.
         restored = checkpoints.restore(placed_initial_state(config, mesh, rules))
         assert restored is not None, "a finished run has a checkpoint"
         place = partial(jax.device_put, device=NamedSharding(mesh, rules.spec("batch", "sequence")))
-        placed = {name: place(np.repeat(x, shards, axis=0)) for name, x in batch.items()}
 
         @partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))  # whole in every process
         def gates(state: TrainState, batch: dict[str, Any]) -> Any:
@@ -112,4 +116,6 @@ def _gates(config: Config, folder: AnyPath, batch: dict[str, np.ndarray]) -> np.
             assert aux.gates is not None
             return aux.gates.mean(axis=1)
 
-        return np.asarray(gates(restored[0], placed))
+        return [
+            np.asarray(gates(restored[0], {name: place(np.repeat(x, shards, axis=0)) for name, x in batch.items()})) for batch in batches
+        ]

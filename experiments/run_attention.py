@@ -34,13 +34,9 @@ def recalls_of_run(folder: AnyPath) -> Iterator[tuple[str, int, int, Recall]]:
     Raises:
       UserError: there is no run, its attention is dense throughout, or it reads tables, which are not followed here.
     """
-    if not (folder / "config.json").exists():
-        raise UserError(f"there is no run in {folder}; give the folder of one with sparse attention, such as runs/dsa_laptop-mhc-seed0")
-    config = override(saved_config(folder), {"mesh.data": 1, "mesh.fsdp": 1, "train.init_from": None})
+    config, network = network_of_run(folder)
     sparse = config.model.attention.sparse
-    if sparse is None or config.model.engram is not None:
-        raise UserError(f"recall is measured of runs with sparse attention and without Engram; {folder} is that of {config.name}")
-    network = _network(folder, config)
+    assert sparse is not None
     data = prepare(config.data, config.model.vocab_size)
     batches = heldout_batches(data, seq_len=config.data.seq_len, sequences=SEQUENCES, batch_size=1)
     scored = list(zip(*(layers_of(network, batch) for batch in batches)))
@@ -89,10 +85,20 @@ def looked_at(attention: MLA, x: Array, positions: Array, segments: Array) -> Sc
     return Scored(q, attention.indexer.keys(x, positions), weight, span, probabilities)
 
 
-def _network(folder: AnyPath, config: Config) -> Network:
+def network_of_run(folder: AnyPath) -> tuple[Config, Network]:
+    """The run's config, on one device, and the network of its last checkpoint.
+
+    Raises:
+      UserError: as `recalls_of_run`.
+    """
+    if not (folder / "config.json").exists():
+        raise UserError(f"there is no run in {folder}; give the folder of one with sparse attention, such as runs/dsa_laptop-mhc-seed0")
+    config = override(saved_config(folder), {"mesh.data": 1, "mesh.fsdp": 1, "train.init_from": None})
+    if config.model.attention.sparse is None or config.model.engram is not None:
+        raise UserError(f"recall is measured of runs with sparse attention and without Engram; {folder} is that of {config.name}")
     where = SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), jax.eval_shape(lambda: initial_state(config)))
     state, step, missing = parameters_of(folder, config, like)
     if missing:
         raise UserError(f"the checkpoint of step {step} in {folder} lacks {', '.join(missing[:3])}; it is that of another config")
-    return network_of(state.model, state.router_bias)
+    return config, network_of(state.model, state.router_bias)

@@ -7,15 +7,17 @@ those of the products, over many draws. What that assumes:
 - the mean of H_res over tokens, which is what runs keep, stands for the H_res of each token;
 - a deeper model would train to the same mappings.
 
-How far the first two hold is shown at the run's own depth, where the gains were measured. Sublayers whose H_res was kept out of training
-are left out of the pool.
+How far the first two hold is shown at the run's own depth, where the gains were measured; the third is held against deeper runs of the
+same list. Sublayers whose H_res was kept out of training are left out of the pool.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 import numpy as np
 
+from mhc_jax.config import difference
 from mhc_jax.configs import get
 from mhc_jax.errors import UserError
 from mhc_jax.experiments.document import Block, Code, Heading, Items, Paragraph, Picture, Table
@@ -89,7 +91,8 @@ def run(folder: AnyPath, command: str, say: Say, source: AnyPath) -> None:
     variants = [variant for variant in results.variants if variant.records[0].streams > 1]
     if not variants:
         raise UserError(f"{source} holds no finished run with several streams; finish `mhc-jax ablate {results.runs.name}` first")
-    blocks = [*_introduction(source), *_own_depth(variants), *_deeper(results, variants), Heading("To run it again"), Code(command)]
+    found = [*_own_depth(variants), *_trained_deeper(variants), *_deeper(results, variants)]
+    blocks = [*_introduction(source), *found, Heading("To run it again"), Code(command)]
     write_study(folder, "Composite gains of deeper models, from trained mappings", blocks, say)
 
 
@@ -105,7 +108,7 @@ def _introduction(source: AnyPath) -> list[Block]:
             [
                 "Sublayers are independent and alike at every depth: H_res is drawn from all sublayers that trained one, with replacement.",
                 "The mean of H_res over tokens stands for every token's.",
-                "A deeper model would train to the same mappings. The paper and docs/depth30.md see HC's grow with training as well.",
+                "A deeper model would train to the same mappings.",
             ]
         ),
     ]
@@ -131,6 +134,24 @@ def _own_depth(variants: Sequence[Variant]) -> list[Block]:
     ]
 
 
+def _trained_deeper(variants: Sequence[Variant]) -> list[Block]:
+    rows = []
+    for shallow, deep in permutations(variants, 2):
+        ours, theirs = shallow.records[0], deep.records[0]
+        changed = set(difference(ours.config, theirs.config)) - {"name"}
+        depth = theirs.stability.res.shape[1]
+        if changed == {"model.num_layers"} and depth > ours.stability.res.shape[1]:
+            drawn = resampled(pool_of(shallow.records), depth).largest
+            measured = (theirs.stability.gain_forward_composite[-1].max(), theirs.stability.gain_backward_composite[-1].max())
+            cells = [cell for values, own in zip(drawn, measured, strict=True) for cell in (_quantiles(values), significant(own))]
+            rows.append([f"{shallow.name}, drawn for {depth} sublayers", *cells])
+    if not rows:
+        return []
+    header = ["mappings of", "largest forward gain, drawn", "measured in the deeper run", "backward, drawn", "measured"]
+    text = "Runs that differ in depth alone. What separates the columns is the third assumption: deeper models train to other mappings."
+    return [Heading("Held against deeper runs"), Table(header, rows), Paragraph(text)]
+
+
 def _deeper(results: Results, variants: Sequence[Variant]) -> list[Block]:
     rows, drawn = [], {}
     for variant in variants:
@@ -138,7 +159,10 @@ def _deeper(results: Results, variants: Sequence[Variant]) -> list[Block]:
         for depth, who in depths(own).items():
             gains = resampled(pool, depth)
             cells = [_quantiles(values) for values in gains.largest]
-            rows.append([f"{variant.name}: {depth} ({who})", *cells, significant(float(np.median(gains.distance_uniform)))])
+            growth = np.median(gains.largest[0]) ** (1 / depth)
+            rows.append(
+                [f"{variant.name}: {depth} ({who})", *cells, f"{growth:.3f}", significant(float(np.median(gains.distance_uniform)))]
+            )
             if depth == 2 * get("moe_1t").model.num_layers:
                 drawn[variant.name] = gains
     picture = Picture(
@@ -147,7 +171,13 @@ def _deeper(results: Results, variants: Sequence[Variant]) -> list[Block]:
         "Median and 5 to 95 % of the drawn models, each point over the draws. On this axis a straight line is exponential growth.",
         to_png(lambda: gains_figure(results, drawn, QUANTILES)),
     )
-    header = ["variant: sublayers", "largest forward gain: median (5 to 95 %)", "largest backward gain", "distance from equal weights"]
+    header = [
+        "variant: sublayers",
+        "largest forward gain: median (5 to 95 %)",
+        "largest backward gain",
+        "growth a sublayer",
+        "distance from equal weights",
+    ]
     return [
         Heading("Deeper"),
         Table(header, rows),

@@ -29,9 +29,9 @@ def write_study(folder: AnyPath, title: str, blocks: Sequence[Block], say: Say) 
     say(f"report: {folder / 'report.html'}")
 
 
-def to_png(draw: Callable[[], Figure]) -> bytes:
-    """The figure as PNG, drawn in the shared style."""
+def to_png(draw: Callable[[], Figure], dpi: int | None = None) -> bytes:
+    """The figure as PNG, drawn in the shared style; `dpi` in place of the style's, as in a notebook that must stay small."""
     buffer = io.BytesIO()
     with styled():
-        draw().savefig(buffer, format="png")
+        draw().savefig(buffer, format="png", dpi=dpi or "figure")
     return buffer.getvalue()

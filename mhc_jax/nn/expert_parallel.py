@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mhc_jax.nn.experts import Rows, collect, combine, dispatch, routed_swiglu, visited
+from mhc_jax.nn.experts import Rows, collect, dispatch, routed_swiglu, spread, summed, visited
 from mhc_jax.parallel.rules import Rules
 from mhc_jax.parallel.shards import STREAMS, axes_here, on_shards, shard_count
 
@@ -71,6 +71,7 @@ class Trip(NamedTuple):
 
     experts: Int[Array, "R"]  # which of its own experts each row that arrived visits; E / P: none
     there: Callable[[Float[Array, "T C"]], Float[Array, "R C"]]
+    weights: Callable[[Float[Array, "T k"]], Float[Array, "R"]]
     back: Callable[[Float[Array, "R C"]], Float[Array, "T k C"]]  # zeros for visits that did not travel in this round
 
 
@@ -116,7 +117,12 @@ class Padded(Way):
         def exchange(x: Any) -> Any:
             return jax.lax.all_to_all(x, self.peers.axes, split_axis=0, concat_axis=0, tiled=True)
 
-        return Trip(exchange(asked), lambda x: exchange(dispatch(x, slots)), lambda y: collect(exchange(y), slots))
+        return Trip(
+            exchange(asked),
+            lambda x: exchange(dispatch(x, slots)),
+            lambda weights: exchange(spread(weights, slots)),
+            lambda y: collect(exchange(y), slots),
+        )
 
 
 class Ragged(Way):
@@ -127,7 +133,7 @@ class Ragged(Way):
         self.room = math.ceil(ROOM * experts.size)
         owner = experts.reshape(-1) // owned
         order = jnp.argsort(owner, stable=True)
-        self.rows = Rows(order, jnp.argsort(order).reshape(experts.shape))
+        self.rows = Rows(order, jnp.argsort(order).reshape(experts.shape), order)
         self.sent = jax.lax.all_gather(jnp.bincount(owner, length=peers.number), peers.axes)  # [from, to]
         self.first = jnp.cumsum(self.sent, axis=1) - self.sent  # row of the first visit from one peer to another, at the sender
         self.queue = jnp.cumsum(self.sent, axis=0) - self.sent  # how many visits stand before it at the receiver, over all rounds
@@ -153,6 +159,7 @@ class Ragged(Way):
         return Trip(
             exchange(asked, self.room, True, fill=self.owned),
             lambda x: exchange(dispatch(x, self.rows), self.room, True),
+            lambda weights: exchange(spread(weights, self.rows), self.room, True),
             lambda y: collect(exchange(y, visits, False), self.rows),
         )
 
@@ -162,42 +169,44 @@ def exchanged(
 ) -> Float[Array, "T C"]:
     """`routed_swiglu` for this device's tokens, with this device's experts alone; called by all peers together."""
     # The first round is written plainly, so that its results may be kept for the backward pass; the others are made again there.
-    brought = _one_round(x, inner, out, way(experts, inner.shape[0], peers), 0)
-    return combine(brought + _further_rounds(x, inner, out, experts, peers, way), weights)
+    brought = _one_round(x, weights, inner, out, way(experts, inner.shape[0], peers), 0)
+    return summed(brought + _further_rounds(x, weights, inner, out, experts, peers, way), weights.dtype)
 
 
-def _one_round(x: Array, inner: Array, out: Array, travels: Way, number: Array | int) -> Float[Array, "T k C"]:
+def _one_round(x: Array, weights: Array, inner: Array, out: Array, travels: Way, number: Array | int) -> Float[Array, "T k C"]:
     trip = travels.trip(number)
-    return trip.back(visited(trip.there(x), trip.experts[:, None], inner, out)[:, 0])
+    return trip.back(visited(trip.there(x), trip.experts[:, None], trip.weights(weights)[:, None], inner, out)[:, 0])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _further_rounds(x: Array, inner: Array, out: Array, experts: Array, peers: Peers, way: type[Way]) -> Float[Array, "T k C"]:
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _further_rounds(
+    x: Array, weights: Array, inner: Array, out: Array, experts: Array, peers: Peers, way: type[Way]
+) -> Float[Array, "T k C"]:
     """What the visits bring that had no room in the first round."""
     travels = way(experts, inner.shape[0], peers)
     last = travels.rounds
 
     def one_more(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         number, brought = carry
-        return number + 1, brought + _one_round(x, inner, out, travels, number)
+        return number + 1, brought + _one_round(x, weights, inner, out, travels, number)
 
     nothing = jnp.zeros((*experts.shape, x.shape[1]), x.dtype)
     with jax.named_scope(FURTHER_ROUNDS):
         return jax.lax.while_loop(lambda carry: carry[0] < last, one_more, (jnp.ones_like(last), nothing))[1]
 
 
-def _further_rounds_fwd(x, inner, out, experts, peers, way):
-    return _further_rounds(x, inner, out, experts, peers, way), (x, inner, out, experts)
+def _further_rounds_fwd(x, weights, inner, out, experts, peers, way):
+    return _further_rounds(x, weights, inner, out, experts, peers, way), (x, weights, inner, out, experts)
 
 
 def _further_rounds_bwd(peers, way, saved, g):
     *learnt, experts = saved
-    travels = way(experts, learnt[1].shape[0], peers)
+    travels = way(experts, learnt[2].shape[0], peers)
     last = travels.rounds
 
     def one_more(carry):
         number, sums = carry
-        _, pull = jax.vjp(lambda x, inner, out: _one_round(x, inner, out, travels, number), *learnt)
+        _, pull = jax.vjp(lambda x, weights, inner, out: _one_round(x, weights, inner, out, travels, number), *learnt)
         return number + 1, jax.tree.map(jnp.add, sums, pull(g))
 
     nothing = tuple(map(jnp.zeros_like, learnt))

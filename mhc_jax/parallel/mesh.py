@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from mhc_jax.config import MeshConfig
@@ -37,7 +38,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"the mesh has {wanted} of {present} devices, which leaves process {', '.join(map(str, sorted(idle)))} without any; raise "
             "mesh.data or mesh.fsdp, or start fewer processes"
         )
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:wanted])
+    shape, names, kinds = tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes)
+    try:
+        return jax.make_mesh(shape, names, axis_types=kinds, devices=devices[:wanted])
+    except NotImplementedError:  # no axis of the mesh is a product of whole axes of the TPU's torus: they are split
+        return Mesh(create_device_mesh(shape, devices[:wanted], allow_split_physical_axes=True), names, axis_types=kinds)
 
 
 def shardings(mesh: Mesh, rules: Rules, specs: Any, model: Any) -> Any:

@@ -32,8 +32,8 @@ def render(plans: Sequence[Plan], config: Config, machine: Machine) -> str:
         if any(cell is not None for cell in cells):
             lines.append(_line(label, [cell if cell is not None else "-" for cell in cells]))
 
-    row("parameters, total", lambda p: f"{p.parameters.total / 1e9:.3f} B")
-    row("  active for a token", lambda p: f"{p.parameters.active / 1e9:.3f} B")
+    row("parameters, total", lambda p: _count(p.parameters.total))
+    row("  active for a token", lambda p: _count(p.parameters.active))
     lines += ["", "memory of a device" + (f" (1/{per_chip} of a chip)" if per_chip > 1 else " (a chip)")]
     for label, name in (("parameters", "parameters"), ("optimizer", "optimizer"), ("tables", "tables")):
         if name != "tables" or any(plan.memory.tables for plan in plans):
@@ -101,12 +101,16 @@ def _line(label: str, cells: Sequence[str]) -> str:
     return (label.ljust(LABEL) + "".join(cell.rjust(COLUMN) for cell in cells)).rstrip()
 
 
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.3f} B" if parameters >= 1e8 else f"{parameters / 1e6:.3f} M"
+
+
 def _gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB"
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
 
 
 def _giga(flops: float) -> str:
-    return f"{flops / 1e9:,.2f}"
+    return f"{flops / 1e9:,.2f}" if flops >= 1e8 else f"{flops / 1e9:.4f}"
 
 
 def _traffic(plan: Plan, kind: str) -> str | None:

@@ -6,6 +6,7 @@ What the run needs to go on itself, optimizer and data position, stays where it 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 
 from mhc_jax.config import Config
@@ -106,6 +107,11 @@ def _read(path: epath.Path, config: Config, like: TrainState, step: int) -> tupl
         raise Damaged(f"{', '.join(changed[:3])} differ from what was saved")
     filled = jax.tree.unflatten(structure, [read.get(name, leaf) for name, (_, leaf) in zip(names, leaves)])
     tables = None if like.memory is None else like.memory._replace(tables=tuple(filled["memory"]["tables"]))
-    (bias,) = filled.get("router_bias", [like.router_bias])
+    (bias,) = filled.get("router_bias", [_empty(like.router_bias)])
     missing = [name for name in names if name not in read]
     return like._replace(model=from_dict(like.model, filled["model"]), router_bias=bias, memory=tables), step, missing
+
+
+def _empty(like: Any) -> jax.Array:
+    """The router biases of a network without experts, which no checkpoint holds."""
+    return like if isinstance(like, jax.Array) else jnp.zeros(like.shape, like.dtype, device=like.sharding)

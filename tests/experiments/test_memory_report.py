@@ -11,6 +11,7 @@ from ngrams_made import made
 from mhc_jax.config import override
 from mhc_jax.engram_config import EngramConfig
 from mhc_jax.errors import UserError
+from mhc_jax.experiments.figures_memory import token_label
 from mhc_jax.experiments.memory_records import FILE, MemoryStudy, TableUse, load_study
 from mhc_jax.experiments.memory_study import studied, table_use
 from mhc_jax.experiments.report import write_report
@@ -67,3 +68,13 @@ def test_table_use_counts_rows_and_shared_rows():
     size = int(artifact.primes[0, 0].sum())
     assert second == TableUse(1, 2, size, round((3 + 4) / size, 4), 4, round(1 - (2 + 4) / 2 / 4, 4))
     assert third.ngrams == 1 and third.colliding == 0
+
+
+def test_labels_of_tokens_show_white_space_and_are_short():
+    assert [token_label(token) for token in (" a", "\n\t", "$x", "abcdefghi", "abcdefghij")] == [
+        "␣a",
+        "↵⇥",
+        r"\$x",
+        "abcdefghi",
+        "abcdefgh…",
+    ]

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from mhc_jax.cli import main
-from mhc_jax.config import difference
+from mhc_jax.config import difference, override
 from mhc_jax.configs import get
 from mhc_jax.experiments import stability_at_depth
 from mhc_jax.experiments.ablation import ablation
-from mhc_jax.experiments.runs import run_folder, save_runs
+from mhc_jax.experiments.formats import significant
+from mhc_jax.experiments.runs import Run, RunList, run_folder, save_runs
 from mhc_jax.experiments.stability import KINDS, SETTINGS, stability
 from mhc_jax.experiments.stability_at_depth import gains_of, resampled
 from mhc_jax.experiments.studies import SOURCES
@@ -74,7 +75,9 @@ def test_doubly_stochastic_pools_stay_bounded_and_tend_to_equal_weights():
 
 
 def test_the_report_of_a_list(tmp_path, capsys):
-    runs = ablation(fake_run.tiny_config(layers=6), kinds=("residual", "hc", "mhc"), seeds=2)
+    shallow = ablation(fake_run.tiny_config(layers=6), kinds=("residual", "hc", "mhc"), seeds=2)
+    deep = Run("deep", "deep hc", override(shallow.first("hc").config, {"model.num_layers": 9}))
+    runs = RunList("depths", "?", (*shallow.runs, deep), "residual")
     source, out = tmp_path / "list", tmp_path / "out"
     save_runs(runs, source)
     for run in runs.runs:
@@ -87,7 +90,11 @@ def test_the_report_of_a_list(tmp_path, capsys):
         assert f"| hc: {depth} |" in report and f"| mhc: {depth} |" in report
     assert "residual:" not in report
     row = next(line for line in report.splitlines() if line.startswith("| mhc: 122"))
-    assert row.split("|")[2].strip() == "1.00 (1.00 to 1.00)"
+    assert [cell.strip() for cell in row.split("|")[2:6:2]] == ["1.00 (1.00 to 1.00)", "1.000"]
+    with np.load(run_folder(source, deep) / "stability" / "00000040.npz") as arrays:
+        measured = significant(arrays["gain_forward_composite"].max())
+    held = [line for line in report.splitlines() if "drawn for" in line and line.startswith("|")]
+    assert len(held) == 1 and held[0].startswith("| hc, drawn for 18 sublayers |") and held[0].split("|")[3].strip() == measured
 
 
 def test_a_study_without_runs_says_what_is_missing(tmp_path, capsys):

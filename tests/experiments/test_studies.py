@@ -1,13 +1,18 @@
 """`mhc-jax study`: every study by its name, and a report that stands."""
 
 import json
+import struct
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from mhc_jax.cli import main
 from mhc_jax.experiments import attention_memory, attention_modelled, sparse_attention_cost
 from mhc_jax.experiments.attention_memory import LAYERS
 from mhc_jax.experiments.attention_modelled import programs
+from mhc_jax.experiments.figures_depth import heat_map
+from mhc_jax.experiments.study import to_png
 
 
 @pytest.mark.parametrize(
@@ -41,3 +46,18 @@ def test_the_cost_report_from_kept_figures(tmp_path, monkeypatch):
         assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"figures/{name}.png" in report
     assert "nothing is modelled: there is no compiler" in said and said[-1] == f"report: {tmp_path / 'report.html'}"
+
+
+def test_a_figure_is_as_large_as_is_asked_for():
+    def width(png: bytes) -> int:
+        return struct.unpack(">I", png[16:20])[0]
+
+    assert width(to_png(lambda: Figure(figsize=(2, 1)), dpi=50)) == 100
+    assert width(to_png(lambda: Figure(figsize=(2, 1)))) == 260  # the style's 130 dots an inch
+
+
+def test_a_matrix_is_drawn_with_its_entries_and_sums():
+    axes = Figure().subplots()
+    heat_map(axes, np.array([[0.75, -0.5], [0.001, 20.0]]), "H")
+    assert [text.get_text() for text in axes.texts] == ["0.75", "-0.50", "0.00", "20.0"]
+    assert axes.get_xlabel() == "row sums up to 20.0\ncolumn sums up to 19.5"

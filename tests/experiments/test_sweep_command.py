@@ -2,8 +2,11 @@
 
 import csv
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -125,6 +128,61 @@ def test_slurm_files_train_each_run_once_in_arrays_of_one_shape(capsys):
     assert submit.count("--dependency=afterok") == 2 and "data.sbatch" in submit
 
 
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """Commands of a cluster that note how they were called; `srun` does what it is given, and mhc-jax ends with the status in STATUS."""
+    commands = {
+        "sbatch": 'echo sbatch "$@" >> "$LOG"; echo 77',
+        "scontrol": 'echo scontrol "$@" >> "$LOG"',
+        "srun": 'while [[ "$1" == --* ]]; do shift; done; exec "$@"',
+        "mhc-jax": 'echo mhc-jax "$@" cache="${MHC_JAX_CACHE:-}" >> "$LOG"; exit "${STATUS:-0}"',
+        "xpk": 'printf "%s|" xpk "$@" >> "$LOG"; echo >> "$LOG"',
+    }
+    for name, text in commands.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/bash\n{text}\n")
+        path.chmod(0o755)
+    monkeypatch.delenv("MHC_JAX_CACHE", raising=False)
+    log = tmp_path / "log"
+
+    def call(script, **variables):
+        log.write_text("")
+        environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "LOG": str(log), **variables}
+        done = subprocess.run(["bash", str(script)], env=environment, cwd="/", capture_output=True, text=True, check=False)
+        return done.returncode, log.read_text().splitlines()
+
+    return call
+
+
+def test_the_jobs_of_slurm_do_what_they_should(tmp_path, cluster):
+    assert main(["sweep", "mine.py", "--launch", "slurm"]) == 0
+    folder = tmp_path / "runs/mine"
+    jobs = folder / "jobs"
+    assert cluster(jobs / "submit.sh") == (
+        0,
+        [f"sbatch --parsable {jobs}/data.sbatch", f"sbatch --dependency=afterok:77 {jobs}/runs-1.sbatch"],
+    )
+    assert cluster(jobs / "data.sbatch") == (0, [f"mhc-jax data {folder} cache={tmp_path}/cache"])
+    task = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_JOB_ID": "78"}
+    called = f"mhc-jax sweep {folder} --only 5 cache=/elsewhere"
+    assert cluster(jobs / "runs-1.sbatch", MHC_JAX_CACHE="/elsewhere", **task) == (0, [called])
+    assert cluster(jobs / "runs-1.sbatch", MHC_JAX_CACHE="/elsewhere", STATUS="2", **task) == (2, [called])
+    assert cluster(jobs / "runs-1.sbatch", MHC_JAX_CACHE="/elsewhere", STATUS="143", **task) == (143, [called, "scontrol requeue 78_5"])
+
+
+def test_the_jobs_of_xpk_do_what_they_should(tmp_path, cluster):
+    assert main(["sweep", "mine.py", "--launch", "xpk", "--out", str(tmp_path / "x y"), "--only", "1", "2"]) == 0
+    submit = tmp_path / "x y/jobs/submit.sh"
+    status, called = cluster(submit, CLUSTER="c", IMAGE="i", TPU_TYPE="v5e-8")
+    assert status == 0 and len(called) == 2
+    words = called[1].split("|")
+    assert words[words.index("--tpu-type") + 1] == "v5e-8"
+    command = shlex.split(words[words.index("--command") + 1])
+    assert command == ["mhc-jax", "sweep", str(tmp_path / "x y"), "--only", "residual_heldout_share=0.2-seed0"]
+    assert cluster(submit, CLUSTER="c") == (1, [])  # without an image nothing is submitted
+
+
 def test_xpk_files_are_one_a_run_and_need_a_folder_that_hosts_see(tmp_path, capsys):
     assert main(["sweep", "mine.py", "--launch", "xpk"]) == 2
     assert "give --out gs://BUCKET/FOLDER" in capsys.readouterr().err and not Path("runs").exists()
@@ -179,6 +237,39 @@ def test_the_folder_of_a_list_takes_no_other(capsys):
     assert main(["sweep", "mine.py", "--launch", "slurm"]) == 0
     assert main(["sweep", "runs/mine", "--out", "elsewhere"]) == 2
     assert "--out would be another one" in capsys.readouterr().err
+
+
+SMALL = """
+from fake_run import tiny_config
+from mhc_jax.config import override
+from mhc_jax.experiments import sweeps
+
+def sweep():
+    changes = {"model.residual": "residual", "data.source": ("*.txt",), "data.seq_len": 16, "model.vocab_size": 280}
+    return sweeps.sweep("small", "?", override(tiny_config(steps=4, eval_every=2, layers=2), changes), sweeps.field("train.seed", 0, 1))
+"""
+
+
+@pytest.mark.slow
+def test_tasks_that_train_at_once_leave_what_one_after_the_other_does(tmp_path):
+    """Two processes of one sweep, begun together without prepared text, and the same sweep in one process: the same curves."""
+    (tmp_path / "text.txt").write_text("".join(f"{i} streams and rows that sum to one. " for i in range(300)))
+    (tmp_path / "other.txt").write_text("".join(f"{i} columns nearly do. " for i in range(300)))
+    Path("small.py").write_text(SMALL)
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": paths, "MHC_JAX_CACHE": str(tmp_path / "cache")}
+
+    def start(*words):
+        return subprocess.Popen([sys.executable, "-m", "mhc_jax.cli", "sweep", "small.py", *words], env=environment, cwd=tmp_path)
+
+    together = [start("--out", "many", "--only", number) for number in ("1", "2")]
+    assert [process.wait() for process in together] == [0, 0]
+    assert [path.name for path in (tmp_path / "many").iterdir()] == ["runs"]
+    assert start("--out", "one").wait() == 0
+    for run in load_runs(tmp_path / "one").runs:
+        metrics = [tmp_path / folder / "runs" / run.name / "metrics.jsonl" for folder in ("many", "one")]
+        together_losses, alone = [[json.loads(line)["loss"] for line in path.read_text().splitlines()] for path in metrics]
+        assert len(alone) == 7 and together_losses == alone
 
 
 def test_data_tokenises_every_text_of_a_list_once(monkeypatch, capsys):

@@ -4,12 +4,18 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from mhc_jax.config import override
 from mhc_jax.data.ngrams.artifact import load_artifact, save_artifact
+from mhc_jax.data.ngrams.hashing import NgramHash
+from mhc_jax.data.pipeline import heldout_batches
+from mhc_jax.data.prepare import prepare
 from mhc_jax.engram_config import EngramConfig
 from mhc_jax.errors import UserError
+from mhc_jax.experiments.memory_study import gates_of
+from mhc_jax.experiments.run_attention import network_of_run
 from mhc_jax.train.loop import train
 from mhc_jax.train.metrics import read_lines
 
@@ -68,3 +74,23 @@ def test_a_checkpoint_of_other_multipliers_is_refused(cut):
     save_artifact(dataclasses.replace(artifact, multipliers=artifact.multipliers + 2), folder / "engram.json")
     with pytest.raises(UserError, match=f"n-gram tables {artifact.checksum}, now"):
         train(config, folder, say=quiet)
+
+
+@pytest.mark.slow
+def test_gates_are_of_a_tokens_own_past(run, cut):
+    """Numbers between 0 and 1 for every token; those before a token that is changed stay what they were, bit for bit."""
+    (config, folder), artifact = run, cut[2]
+    ngrams = NgramHash(artifact)
+    data = prepare(config.data, config.model.vocab_size, progress=quiet)
+    batch = heldout_batches(data, seq_len=config.data.seq_len, sequences=1, batch_size=1, ngrams=ngrams)[0]
+    tokens = batch["tokens"].copy()
+    tokens[0, 20] = (tokens[0, 20] + 7) % artifact.lookup.size
+    gates, others = gates_of(config, folder, [batch, ngrams.add_rows({**batch, "tokens": tokens})])
+    assert gates.shape == (1, config.data.seq_len)
+    assert np.all((gates > 0) & (gates < 1))
+    assert np.array_equal(gates[:, :20], others[:, :20]) and not np.array_equal(gates[:, 20:], others[:, 20:])
+
+
+def test_recall_is_not_measured_of_a_run_with_tables(run):
+    with pytest.raises(UserError, match="without Engram"):
+        network_of_run(run[1])

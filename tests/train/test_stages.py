@@ -11,6 +11,7 @@ from test_step import batch_of
 
 from mhc_jax.config import override
 from mhc_jax.errors import UserError
+from mhc_jax.experiments.run_attention import network_of_run
 from mhc_jax.nn.module import named_parameters
 from mhc_jax.parallel.rules import Rules
 from mhc_jax.sparse_config import SparseConfig
@@ -115,6 +116,11 @@ def test_a_stage_begins_with_the_parameters_of_the_one_before(dense_run, tmp_pat
     assert not [line for line in begin(warm, tmp_path / "warm") if "beginning with" in line]
     evaluations = [line for line in read_lines(tmp_path / "warm" / "metrics.jsonl") if line["kind"] == "eval"]
     assert all(line["indexer_loss"] > 0 for line in evaluations)
+    own, network = network_of_run(tmp_path / "warm")
+    assert own == override(warm, {"train.init_from": None})
+    trained = dict(named_parameters(after.model))
+    shared = named_parameters(network.model)
+    assert shared and all(jnp.array_equal(parameter, trained[name]) for name, parameter in shared)
 
 
 def test_what_cannot_be_begun_from_is_refused_before_the_folder_is_claimed(dense_run, tmp_path):
@@ -128,3 +134,14 @@ def test_what_cannot_be_begun_from_is_refused_before_the_folder_is_claimed(dense
     with pytest.raises(UserError, match="another tokenizer"):
         begin(other, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+def test_parameters_of_a_network_without_experts(tiny, tmp_path):
+    """It has no router biases, so that none are saved; from shapes alone an array comes all the same."""
+    config = override(tiny, {"model.dense_layers": tiny.model.num_layers, "train.steps": 2})
+    begin(config, tmp_path / "run")
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), jax.eval_shape(lambda: initial_state(config)))
+    state, step, missing = parameters_of(tmp_path / "run", config, like)
+    assert (step, missing) == (2, []) and isinstance(state.router_bias, jax.Array) and state.router_bias.size == 0
