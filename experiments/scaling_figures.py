@@ -55,8 +55,6 @@ def isoflop_figure(found: Mapping[str, Kind]) -> Figure:
         _counts(axes)
         axes.set(title=name, xlabel="active parameters N")
         axes.legend(title="FLOPs", fontsize=8, title_fontsize=8)
-        if axes is not panels[0]:
-            axes.sharey(panels[0])
         best = [p for p in kind.isoflop.profiles if p.optimum is not None]
         if not best:
             continue
@@ -66,12 +64,16 @@ def isoflop_figure(found: Mapping[str, Kind]) -> Figure:
         if law is not None:
             flops = [p.flops for p in best]
             _within_and_beyond(last, (min(flops), max(flops)), law, color, f"{name}: exponent {law.exponent:.2f}")
+    limits = np.array([axes.get_ylim() for axes in panels])
+    for axes in panels:  # the last panel has another axis, so that the figure cannot share one
+        axes.set_ylim(limits[:, 0].min(), limits[:, 1].max())
     panels[0].set_ylabel("held-out loss (nats per token)")
     last.set(title="lowest points", xlabel="FLOPs C")
     last.set_visible(bool(last.lines))
     if last.lines:  # an empty axis has no logarithm
         _counts(last)
         last.set_yscale("log")
+        last.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         last.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
         last.yaxis.set_minor_formatter(NullFormatter())
     if last.get_legend_handles_labels()[1]:
@@ -138,7 +140,7 @@ def _counts(axes: Axes) -> None:
 
 def _short(value: float) -> str:
     """75K, 1.7M, 3e11."""
-    if value >= 1e10:
+    if value >= 1e9:
         return f"{value:.0e}".replace("e+", "e")
     return f"{value / 1e6:.2g}M" if value >= 9.95e5 else f"{value / 1e3:.3g}K"
 

@@ -14,6 +14,7 @@ from mhc_jax.errors import UserError
 from mhc_jax.experiments.scaling_law import COEFFICIENTS, Law, TooFewPoints, check_points, refit
 
 LEVEL = 0.9  # of every interval
+LEAST_FOR_INTERVALS = 8  # different points; with six most resamples do not determine the law, and the others are all alike
 TRIES = 20  # draws of a resample that determines what is asked, for each one that is wanted
 
 
@@ -115,8 +116,9 @@ def bootstrap_law(points: Points, law: Law, *, resamples: int, seed: int = 0) ->
     """The law of resampled points, each searched from `law`, that of all points.
 
     Raises:
-      TooFewPoints: as `bootstrap`; a resample needs five different points.
+      TooFewPoints: there are fewer than eight different points, or as `bootstrap`; a resample needs five.
     """
+    check_points(points.parameters, points.tokens, least=LEAST_FOR_INTERVALS)
 
     def determined(drawn: Points) -> np.ndarray:
         check_points(drawn.parameters, drawn.tokens, least=COEFFICIENTS)

@@ -8,7 +8,7 @@ from mhc_jax.experiments import formats
 from mhc_jax.experiments.document import Block, Heading, Items, Paragraph, Picture, Table
 from mhc_jax.experiments.results import Results
 from mhc_jax.experiments.scaling_figures import BEYOND, gap_figure, isoflop_figure, law_figure
-from mhc_jax.experiments.scaling_law import optimum
+from mhc_jax.experiments.scaling_law import Law, optimum
 from mhc_jax.experiments.scaling_points import LEVEL, interval
 from mhc_jax.experiments.scaling_published import GAPS, SMALL
 from mhc_jax.experiments.scaling_study import Gap, Kind, LawFit, gaps, kinds
@@ -31,7 +31,9 @@ def scaling_blocks(results: Results) -> list[Block]:
         *_absent(found),
         points_table(found),
     ]
-    if not any(len(kind.collected.points.losses) for kind in found.values()):
+    run = {name: kind for name, kind in found.items() if len(kind.collected.points.losses)}
+    read = {name: kind for name, kind in run.items() if any(len(profile.parameters) for profile in kind.isoflop.profiles)}
+    if not run:
         return blocks
     percent = f"{100 * LEVEL:.0f} %"
     blocks += [
@@ -46,19 +48,21 @@ def scaling_blocks(results: Results) -> list[Block]:
             "Loss over tokens",
             "Points are means over seeds, bars reach from the lowest to the highest seed, curves are the fitted law at each size, dashed "
             f"beyond the data (up to {BEYOND:g} times). The dotted line is E, where all curves would end.",
-            lambda: law_figure(found),
+            lambda: law_figure(run),
         ),
         Heading("Equal compute", level=3),
         isoflop_table(found),
         *_optima(found),
-        _picture(
+    ]
+    if read:
+        picture = _picture(
             "isoflop",
             "Loss over size at equal compute",
             "One curve a budget: a parabola in log N through the losses of all sizes; a star is its lowest point, and a budget without "
             "one has it outside the sizes. On the right, the stars over compute: their slope is the exponent of the best size.",
-            lambda: isoflop_figure(found),
-        ),
-    ]
+            lambda: isoflop_figure(read),
+        )
+        blocks.append(picture)
     if gap:
         blocks += [
             Heading("Gap to the plain residual", level=3),
@@ -202,22 +206,36 @@ def _at_equal_compute(found: Mapping[str, Kind]) -> list[str]:
     for name, kind in found.items():
         if kind is base or not isinstance(kind.fit, LawFit):
             continue
-        both = (kind.fit, base.fit)
-        own, plain = (float(optimum(fit.law, flops, fit.compute).loss) for fit in both)
-        text = (
-            f"`{name}` at equal compute: by the two laws, each at its own best size, {formats.gap(own - plain)} nats at {flops:.1e} FLOPs"
-        )
-        # Both bootstraps draw by the same numbers, so that with all runs there the resamples are of the same points and seeds.
-        paired = len(kind.fit.drawn) == len(base.fit.drawn) > 0 and kind.collected.points.losses.shape == base.collected.points.losses.shape
-        if paired:
-            draws = [
-                float(optimum(a, flops, kind.fit.compute).loss - optimum(b, flops, base.fit.compute).loss)
-                for a, b in zip(kind.fit.drawn, base.fit.drawn)
-            ]
-            low, high = interval(np.array(draws))
+        text = f"`{name}` at equal compute ({flops:.1e} FLOPs, each at the best size of its law)"
+        if not (_reached(kind, flops) and _reached(base, flops)):
+            lines.append(f"{text}: not compared, as a best size lies outside the sizes.")
+            continue
+        text += f": {formats.gap(_best(kind.fit, kind.fit.law, flops) - _best(base.fit, base.fit.law, flops))} nats"
+        if _same_points(kind, base):
+            pairs = zip(kind.fit.drawn, base.fit.drawn)
+            low, high = interval(np.array([_best(kind.fit, own, flops) - _best(base.fit, plain, flops) for own, plain in pairs]))
             text += f" [{low:+.4f}, {high:+.4f}]"
         lines.append(f"{text}.")
     return lines
+
+
+def _best(fit: LawFit, law: Law, flops: float) -> float:
+    """Loss where a law, the fitted or a resampled one, spends the FLOPs best."""
+    return float(optimum(law, flops, fit.compute).loss)
+
+
+def _reached(kind: Kind, flops: float) -> bool:
+    assert isinstance(kind.fit, LawFit)
+    sizes = kind.collected.points.parameters
+    return bool(sizes.min() <= optimum(kind.fit.law, flops, kind.fit.compute).parameters <= sizes.max())
+
+
+def _same_points(kind: Kind, base: Kind) -> bool:
+    """Whether the bootstraps of both drew the same points and seeds: they draw by the same numbers from points of the same shape."""
+    if not (isinstance(kind.fit, LawFit) and isinstance(base.fit, LawFit) and kind.fit.drawn and base.fit.drawn):
+        return False
+    own, plain = kind.collected.points, base.collected.points
+    return np.array_equal(own.tokens, plain.tokens) and np.array_equal(np.isnan(own.losses), np.isnan(plain.losses))
 
 
 def _compute(fit: LawFit) -> str:

@@ -37,7 +37,7 @@ def test_every_page_is_in_the_navigation():
 
 @pytest.mark.slow
 def test_the_site_builds(tmp_path):
-    """With --strict: links, anchors, names in the API and the navigation that lead nowhere are errors."""
+    """With --strict: links, anchors, names in the API and the navigation that lead nowhere are errors (but not with --quiet)."""
     pytest.importorskip("mkdocs_jupyter", reason="the extra `docs` is not installed")
     command = [
         sys.executable,
@@ -45,7 +45,6 @@ def test_the_site_builds(tmp_path):
         "mkdocs",
         "build",
         "--strict",
-        "--quiet",
         "-f",
         str(ROOT / ".mkdocs.yml"),
         "-d",

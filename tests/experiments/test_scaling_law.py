@@ -14,6 +14,7 @@ from mhc_jax.experiments.scaling_law import (
     Law,
     TooFewPoints,
     _Centred,
+    check_points,
     exponents,
     fit_compute,
     fit_law,
@@ -125,8 +126,10 @@ def test_too_few_points_are_refused_with_the_number_needed():
     with pytest.raises(UserError, match="without a finite loss"):
         fit_law(N, D, np.where(N > 1e5, np.nan, 3.0))
     six = Points(N[:6], D[:6], C[:6], noisy(0).losses[:6])
-    with pytest.raises(TooFewPoints, match="resamples determine"):
+    with pytest.raises(TooFewPoints, match="at least 8 different points"):
         bootstrap_law(six, TRUE, resamples=5)
+    with pytest.raises(TooFewPoints, match="only 0 of 40 resamples"):
+        bootstrap(six, lambda points: check_points(points.parameters, points.tokens), resamples=2)
 
 
 def test_runs_become_points_and_unusable_ones_are_named():
