@@ -6,6 +6,7 @@ from mhc_jax import configs
 from mhc_jax.cli import main
 from mhc_jax.config import override
 from mhc_jax.errors import UserError
+from mhc_jax.plan import compile
 from mhc_jax.plan.collectives import cost_of, group_of, span_of
 from mhc_jax.plan.compile import needed_bytes
 from mhc_jax.plan.model import model_step
@@ -253,3 +254,9 @@ def test_a_refusal_for_want_of_memory_is_read_however_early_it_comes():
     assert needed_bytes(laid_out, arguments=2**30) == 96.5 * 2**30
     assert needed_bytes(early, arguments=2**30) == 137.5 * 2**30
     assert needed_bytes("INTERNAL: Mosaic failed to compile", arguments=0) is None
+
+
+def test_a_killed_compiler_is_said(monkeypatch):
+    monkeypatch.setattr(compile, "START", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(UserError, match="ran out of memory"):
+        compile.compile_step(configs.get("laptop"), "v5e:2x2", lambda line: None)
