@@ -26,7 +26,9 @@ from mhc_jax.parallel.shards import STREAMS, axes_here, on_shards, shard_count
 
 ROOM = 1.25  # of what a device sends and gets where all experts are visited alike, in one round
 
-FURTHER_ROUNDS = "further_rounds"  # scope of the loops that balanced routing does not enter
+# Scopes by which a plan knows what even routing makes of arrays whose sizes are those of the room.
+FIRST_ROUND = "first_round"
+FURTHER_ROUNDS = "further_rounds"  # not entered where experts are visited alike
 
 
 def routed(
@@ -169,7 +171,8 @@ def exchanged(
 ) -> Float[Array, "T C"]:
     """`routed_swiglu` for this device's tokens, with this device's experts alone; called by all peers together."""
     # The first round is written plainly, so that its results may be kept for the backward pass; the others are made again there.
-    brought = _one_round(x, weights, inner, out, way(experts, inner.shape[0], peers), 0)
+    with jax.named_scope(FIRST_ROUND):
+        brought = _one_round(x, weights, inner, out, way(experts, inner.shape[0], peers), 0)
     return summed(brought + _further_rounds(x, weights, inner, out, experts, peers, way), weights.dtype)
 
 

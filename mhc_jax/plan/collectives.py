@@ -85,6 +85,9 @@ def cost_of(
         kind = "reduce-scatter"
     sizes = [size for size, _ in found.arrays]
     whole = sizes[-1] if found.opcode.endswith("-start") and kind in ("all-gather", "permute") else sum(sizes)
+    if found.opcode.startswith("ragged"):  # into or out of a room that is larger than what travels where experts are visited alike
+        here = next(steps for steps in module.instructions.values() if found.name in steps)
+        whole = min(whole, *(sum(size for size, _ in here[name].arrays) for name in found.operands[:1] if name in here))
     group = group_of(found.attributes, len(coordinates))
     count = len(group)
     if kind == "reduce-scatter" and found.opcode.startswith("reduce-scatter"):

@@ -7,6 +7,7 @@ shardings that training gives its state and batch; arrays are shapes alone. What
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from mhc_jax.config import Config
+from mhc_jax.errors import UserError
 from mhc_jax.parallel.mesh import make_mesh
 from mhc_jax.parallel.rules import Rules
 from mhc_jax.train.step import TrainState, compile_train_step, initial_state, state_shardings
@@ -72,7 +74,9 @@ def compile_step(config: Config, target: str, say: Say, keep: Path | None = None
       say: is told every half minute how long it takes.
       keep: an empty folder for the compiler's dump, to read it; by default it is removed.
 
-    Raises RuntimeError with the compiler's last words where it fails, for anything but want of memory.
+    Raises:
+      UserError: the process was killed, as for want of this machine's memory.
+      RuntimeError: the compiler failed, but for want of the device's memory; with its last words.
     """
     with TemporaryDirectory(prefix="plan_") as scratch:
         dump, result, errors = keep or Path(scratch) / "dump", Path(scratch) / "program", Path(scratch) / "errors"
@@ -91,6 +95,11 @@ def compile_step(config: Config, target: str, say: Say, keep: Path | None = None
             finally:
                 child.kill()
                 child.wait()
+        if child.returncode == -signal.SIGKILL:
+            raise UserError(
+                f"the compiler was killed while it compiled {config.name} for {target}, likely because this machine ran out of memory: "
+                "large slices take more than 10 GB; free some, or plan a smaller slice"
+            )
         if child.returncode:
             said = last_words(errors.read_text(errors="replace"))
             raise RuntimeError(f"compiling {config.name} for {target} failed: {said}")

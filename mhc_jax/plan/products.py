@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from math import ceil, prod
 
+from mhc_jax.nn.expert_parallel import FIRST_ROUND, ROOM
+from mhc_jax.plan.parts import op_name
 from pallas_kernels.grouped.tpu.visits import row_tile
 from pallas_kernels.static_cost.hlo import ARRAY, Instruction, Module
 
@@ -86,7 +88,8 @@ class Grouped:
 def grouped_product(step: Instruction, computation: str, module: Module) -> Grouped | None:
     """What a kernel of `pallas_kernels.grouped`, or libtpu's own for a ragged product, does at most; None for anything else.
 
-    How many rows each expert gets is data. The most tiles that a grid visits are those of all rows and one more for every expert, where a
+    How many rows each expert gets is data. What even routing leaves free of the room for an exchange is not visited. The
+    most tiles that a grid visits are those of all rows and one more for every expert, where a
     tile holds rows of two. Every tile reads its rows again for each block of columns; matrices and results move once, in libtpu's kernel a
     block of the matrix with every tile.
     """
@@ -102,6 +105,8 @@ def grouped_product(step: Instruction, computation: str, module: Module) -> Grou
     result = dims(step.shape)[0][1]
     size = FLOATS[kind]
     count, width = rows
+    if FIRST_ROUND in op_name(step):
+        count = ceil(count / ROOM)
     if ours and ours[1] == "grouped_outer":
         out, experts = other[1], result[0]
     else:
@@ -112,7 +117,7 @@ def grouped_product(step: Instruction, computation: str, module: Module) -> Grou
         steps = (ceil(count / tile) + experts - 1) * ceil(width / of_width) * ceil(out / of_out)
         moved = steps * (tile * of_width + of_width * of_out) * size + count * out * size
         return Grouped(flops, 2 * steps * tile * of_width * of_out, moved)
-    tile = row_tile(count)
+    tile = row_tile(rows[0])
     tiles = count // tile + experts
     # Blocks are as large as VMEM allows; a handful of them is what the shapes of large models give.
     moved = (

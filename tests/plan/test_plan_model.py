@@ -6,6 +6,7 @@ from mhc_jax import configs
 from mhc_jax.cli import main
 from mhc_jax.config import override
 from mhc_jax.errors import UserError
+from mhc_jax.plan import compile
 from mhc_jax.plan.collectives import cost_of, group_of, span_of
 from mhc_jax.plan.compile import needed_bytes
 from mhc_jax.plan.model import model_step
@@ -166,6 +167,23 @@ def test_grouped_products_are_charged_for_a_tile_more_an_expert():
     assert found is not None and found.flops == 2 * 4096 * 256 * 512 and found.done == found.flops * 2
 
 
+def test_room_that_balanced_routing_leaves_free_is_not_charged():
+    text = """ENTRY %m (x: f32[8]) -> f32[8] {
+  %x = bf16[5120,256]{1,0} parameter(0)
+  %w = bf16[8,256,512]{2,1,0} parameter(1)
+  %c = bf16[5120,512]{1,0} custom-call(%x, %w), metadata={op_name="jvp(first_round)/grouped_matmul/pallas_call"}
+  %sent = bf16[4096,512]{1,0} parameter(2)
+  %there = bf16[5120,512]{1,0} ragged-all-to-all(%sent, %c), replica_groups={{0,1,2,3}}
+  ROOT %back = bf16[4096,512]{1,0} ragged-all-to-all(%there, %sent), replica_groups={{0,1,2,3}}
+}"""
+    module = parse_module(text)
+    found = grouped_product(module.instructions["m"]["c"], "m", module)
+    assert found is not None and found.flops == 2 * 4096 * 256 * 512
+    away, back = (module.instructions["m"][name] for name in ("there", "back"))
+    moved = {cost_of(step, step, module, parse("v5e:4x4"), SQUARE).bytes for step in (away, back)}
+    assert moved == {4096 * 512 * 2 * 3 // 4}
+
+
 def test_the_rest_of_the_slice_goes_to_fsdp():
     config = with_mesh(override(configs.get("27b"), {"mesh.expert": 8}), 128, "a slice")
     assert (config.mesh.fsdp, config.mesh.expert) == (16, 8)
@@ -236,3 +254,9 @@ def test_a_refusal_for_want_of_memory_is_read_however_early_it_comes():
     assert needed_bytes(laid_out, arguments=2**30) == 96.5 * 2**30
     assert needed_bytes(early, arguments=2**30) == 137.5 * 2**30
     assert needed_bytes("INTERNAL: Mosaic failed to compile", arguments=0) is None
+
+
+def test_a_killed_compiler_is_said(monkeypatch):
+    monkeypatch.setattr(compile, "START", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(UserError, match="ran out of memory"):
+        compile.compile_step(configs.get("laptop"), "v5e:2x2", lambda line: None)
