@@ -95,6 +95,7 @@ def test_greedy_tokens_are_the_likeliest_of_the_whole_pass(run, opened, greedy):
         assert drawn == row[len(ids) - 1 :][: len(drawn)].argmax(axis=-1).tolist()
 
 
+@pytest.mark.slow
 def test_draws_depend_on_seed_and_prompt_alone(opened):
     drawn = opened.generate([PROMPTS[2], PROMPTS[2], PROMPTS[1]], 6, seed=3).tokens
     assert drawn[0] != drawn[1]  # the same prompt once more is another draw

@@ -215,6 +215,7 @@ def test_steps_that_are_skipped_leave_tables_alone(runs, config_of, tmp_path, mo
         np.testing.assert_array_equal(b, c)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to_step", only([4], [0, 4]))
 def test_a_run_goes_back_with_its_tables(runs, config_of, tmp_path, monkeypatch, to_step):
     """As a run with its tables on the device does that goes back from the same step."""

@@ -97,6 +97,7 @@ def test_microbatches_move_tables_as_the_whole_batch_does(tiny):
     same(trained(override(config, {"train.microbatches": 4})), config, 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", only(["adam"], ["adam", "row_second_moment"]))
 def test_rows_that_no_token_read_stay(tiny, optimizer):
     config = config_of(tiny, optimizer)
@@ -118,6 +119,7 @@ def test_a_step_that_is_skipped_leaves_tables_alone(tiny):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_no_array_of_the_step_is_as_large_as_the_table_but_the_table_and_its_moments(tiny):
     """By the compiler's count: with a table ten times as long the step needs no byte more beside its arguments."""
 

@@ -46,6 +46,7 @@ def changed(config, steps=2) -> set[str]:
     return {name for (name, a), (_, b) in pairs if not jnp.array_equal(a, b)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", only(["adamw"], ["adamw", "muon"]))
 def test_the_warm_up_moves_the_indexer_alone(tiny, kind):
     config = staged(tiny, "warmup", **{"optimizer.kind": kind, "optimizer.warmup_steps": 0})

@@ -71,6 +71,7 @@ def test_steps_that_are_not_finite_change_nothing_and_are_counted(tiny, tmp_path
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(state.optimizer), jax.tree.leaves(initial.optimizer)))
 
 
+@pytest.mark.slow
 def test_too_many_of_them_stop_the_run_every_time(tiny, tmp_path, poisoned):
     config = override(tiny, {"train.max_nonfinite_steps": 5})
     for _ in range(2):  # the second time it goes on from the checkpoint of step 4, and with its count
@@ -151,6 +152,7 @@ def test_a_spike_goes_back_and_leaves_its_data_out(tiny, tmp_path, with_batches,
     assert len(list((tmp_path / "spiked" / "stability").iterdir())) == 5
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_while_it_goes_back_takes_the_same_course(tiny, tmp_path, with_batches, monkeypatch):
     with_batches(garbled=(6,))
     train(rolling(tiny), tmp_path / "whole", say=quiet)
@@ -197,6 +199,7 @@ def terminated(monkeypatch):
     return at
 
 
+@pytest.mark.slow
 def test_a_run_goes_back_to_regular_checkpoints_as_if_sigterm_had_not_come(tiny, tmp_path, with_batches, terminated):
     config = rolling(tiny)
     with_batches(garbled=(6,))
