@@ -184,7 +184,7 @@ def spread(values: Float[Array, "T k"], rows: Rows) -> Float[Array, "R"]:
     visits = values.reshape(-1)
     if rows.order is None:
         return _rows_of(visits[:, None], rows.visit_of_row)[:, 0]
-    # By sorting, in both directions: a TPU gathers single numbers ten times more slowly.
+    # By sorting, in both directions: gathers of single numbers take a TPU long.
     _, by_row = jax.lax.sort((rows.row_of_visit.reshape(-1), visits), num_keys=1, is_stable=True)
     return jnp.where(rows.visit_of_row < visits.size, by_row, 0)
 

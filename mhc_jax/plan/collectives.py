@@ -87,7 +87,7 @@ def cost_of(
     whole = sizes[-1] if found.opcode.endswith("-start") and kind in ("all-gather", "permute") else sum(sizes)
     if found.opcode.startswith("ragged"):  # into or out of a room that is larger than what travels where experts are visited alike
         here = next(steps for steps in module.instructions.values() if found.name in steps)
-        whole = min(whole, *(sum(size for size, _ in here[name].arrays) for name in found.operands[:1] if name in here))
+        whole = min(whole, sum(size for size, _ in here[found.operands[0]].arrays))
     group = group_of(found.attributes, len(coordinates))
     count = len(group)
     if kind == "reduce-scatter" and found.opcode.startswith("reduce-scatter"):
