@@ -6,6 +6,7 @@ The figures come from `pallas_kernels.static_cost` and `pallas_kernels.measure`;
 import dataclasses
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +38,7 @@ COLUMNS = [
     "xla_modelled_us",
     "xla_over_floor",
 ]
-MEASURED_COLUMNS = ["kernel", "case", "device", "measured_us", "xla_measured_us", "floor_gb_per_s", "copy_gb_per_s"]
+MEASURED_COLUMNS = ["kernel", "case", "device", "measured_us", "xla_measured_us", "floor_gb_per_s", "copy_gb_per_s", "floor_tflop_per_s"]
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def _cost(family: str, case: Case, implementation: str, topology: str) -> Cost |
 
 
 def _measure(family: str, case: Case, here: Implementation, copy: float) -> dict[str, Any]:
-    us, xla_us = measure_us(*case.build(here)), measure_us(*case.build("xla"))
+    us, xla_us = (_time(case, implementation) for implementation in (here, "xla"))
     return {
         **_identity(family, case),
         "device": jax.devices()[0].device_kind,
@@ -151,6 +152,15 @@ def _measure(family: str, case: Case, here: Implementation, copy: float) -> dict
         "measured_floor_flops_per_second": case.floor_flops / (us / 1e6),
         "measured_copy_bytes_per_second": copy,
     }
+
+
+def _time(case: Case, implementation: Implementation) -> float:
+    """Microseconds; not a number where it cannot run, which is no reason to stop: XLA may need more memory than there is."""
+    fn, args = case.build(implementation)
+    try:
+        return measure_us(fn, case.values(args))
+    except jax.errors.JaxRuntimeError:
+        return math.nan
 
 
 def _identity(family: str, case: Case) -> dict[str, Any]:
@@ -192,9 +202,10 @@ def _beside(peer: Cost | str, kernel: Cost | str) -> str:
 
 
 def _measured_cells(row: dict[str, Any]) -> list[str]:
-    floor, copy = row["measured_floor_bytes_per_second"], row["measured_copy_bytes_per_second"]
+    rates = [row["measured_floor_bytes_per_second"] / 1e9, row["measured_copy_bytes_per_second"] / 1e9]
+    rates.append(row["measured_floor_flops_per_second"] / 1e12)
     times = [_number(row["measured_us"]), _number(row["xla_measured_us"])]
-    return [f"{row['kernel']}/{row['direction']}", row["case"], row["device"], *times, f"{floor / 1e9:.0f}", f"{copy / 1e9:.0f}"]
+    return [f"{row['kernel']}/{row['direction']}", row["case"], row["device"], *times, *(f"{rate:.0f}" for rate in rates)]
 
 
 def _ratio(found: Cost) -> str:

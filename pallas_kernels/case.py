@@ -35,6 +35,8 @@ class Case:
     floor_bytes: int
     floor_note: str  # how the floor counts, in a reader's terms: "X and y read, X' and u written: (2n + 2) C 2 bytes a token"
     floor_flops: int = 0
+    # Replaces shapes in `args` by arrays, for those whose values decide what is done, such as lists of indices. Only measuring asks for it.
+    values: Callable[[tuple[Any, ...]], tuple[Any, ...]] = lambda args: args
     # What kernels do only where the data is unusual: "a tile with anything not finite is mixed again". The modelled time then leaves
     # out code under conditions on data, and says so; by default it is charged as if such conditions always held.
     rare: str = ""

@@ -16,7 +16,7 @@ COPY_BYTES = 256 << 20
 def measure_us(fn: Callable[..., Any], args: tuple[Any, ...]) -> float:
     """The wall time of one call of `fn`, compiled, in microseconds: the median over rounds of back-to-back calls.
 
-    `args` are pytrees of `jax.ShapeDtypeStruct`; they are filled with standard normal numbers, integers with zeros.
+    `args` are pytrees of arrays and of `jax.ShapeDtypeStruct`, which are filled with standard normal numbers, integers with zeros.
     """
     keys = iter(jax.random.split(jax.random.key(0), max(len(jax.tree.leaves(args)), 1)))
     values = jax.tree.map(lambda leaf: _filled(leaf, next(keys)), args)
@@ -43,7 +43,9 @@ def _time(compiled: Callable[..., Any], values: tuple[Any, ...], calls: int) -> 
     return (time.perf_counter() - start) / calls
 
 
-def _filled(leaf: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
+def _filled(leaf: Any, key: jax.Array) -> jax.Array:
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return jnp.asarray(leaf)
     if jnp.issubdtype(leaf.dtype, jnp.floating):
         return jax.random.normal(key, leaf.shape, leaf.dtype)
     return jnp.zeros(leaf.shape, leaf.dtype)

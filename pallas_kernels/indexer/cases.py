@@ -51,7 +51,16 @@ def _case(kernel: str, tokens: int) -> Case:
         floor_bytes=read + written,
         floor_note=f"queries, keys and weights read, {what} written; 2 J I FLOPs a visible pair",
         floor_flops=2 * HEADS * SIZE * pairs,
+        values=_visible,
     )
+
+
+def _visible(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """With every key visible to queries that are fewer, and those up to its own to each of as many."""
+    q, k = args[:2]
+    queries, tokens = q.shape[1], k.shape[1]
+    stop = jnp.arange(tokens) + 1 if queries == tokens else jnp.full(queries, tokens)
+    return (*args[:3], Span(jnp.zeros((1, queries), jnp.int32), stop.astype(jnp.int32)[None]))
 
 
 def _build(kernel: str, queries: int, tokens: int, implementation: Implementation) -> tuple[Callable[..., Any], tuple[Any, ...]]:

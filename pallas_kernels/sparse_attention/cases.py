@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.case import Case, Implementation
 from pallas_kernels.choose import Kernels
@@ -47,8 +48,19 @@ def _case(pages: bool, direction: Literal["forward", "backward"], tokens: int) -
         floor_bytes=queries * HEADS * moved * 2,
         floor_note=note,
         floor_flops=2 * HEADS * products * queries,
+        values=partial(_chosen, pages),
         rare="sums of another range of keys brought in" if direction == "backward" and not pages else "",
     )
+
+
+def _chosen(pages: bool, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """With keys drawn at random for every list, as many as it has room for."""
+    latent, keys = args[3:5]
+    tokens, (_, lists, chosen) = latent.shape[1], keys.index.shape
+    rng = np.random.default_rng(0)
+    drawn = [np.sort(rng.choice(tokens // PAGE if pages else tokens, chosen, replace=False)) for _ in range(lists)]
+    first, stop = (jnp.full(keys.stop.shape, end, jnp.int32) for end in (0, tokens))
+    return (*args[:4], Keys(jnp.asarray(np.array(drawn)[None], jnp.int32), jnp.full((1, lists), chosen, jnp.int32), first, stop), *args[5:])
 
 
 def _build(pages: bool, direction: str, tokens: int, implementation: Implementation) -> tuple[Callable[..., Any], tuple[Any, ...]]:

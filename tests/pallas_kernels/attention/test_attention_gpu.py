@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_problems import NAMES, SCALE, errors, first_of, oracle, problem, run
+from hopper import INTERPRET, in_the_interpreter, on_hopper
 
 from pallas_kernels.attention import dense_attention
 from pallas_kernels.attention.gpu import backward
@@ -27,7 +28,7 @@ def check(got, p) -> None:
 
 
 def forward(p, **options):
-    attend = jax.jit(lambda *args: dense_attention(*args, p.first, implementation="gpu", interpret=True, **{"scale": SCALE} | options))
+    attend = jax.jit(lambda *args: dense_attention(*args, p.first, implementation="gpu", interpret=INTERPRET, **{"scale": SCALE} | options))
     return jax.tree.map(np.asarray, attend(*p.args)._asdict())
 
 
@@ -42,7 +43,7 @@ def test_gradients_equal_float64(monkeypatch):
     """Two tiles; two heads in one program that owns keys, whose shares of the rotated key's gradient it adds up."""
     monkeypatch.setattr(backward, "MULTIPROCESSORS", 0)
     p = problem(140, documents=2, dtype=BF16)
-    check(run(p, "gpu"), p)
+    check(run(p, "gpu", INTERPRET), p)
 
 
 @pytest.mark.matrix
@@ -52,9 +53,10 @@ def test_any_length_and_any_documents(length, documents, together, monkeypatch):
     """Tiles that are seen in full, in part and not at all; slots that are used again; more than one sequence."""
     monkeypatch.setattr(backward, "MULTIPROCESSORS", 0 if together else 10**6)
     p = problem(length, batch=2, documents=documents, dtype=BF16)
-    check(run(p, "gpu"), p)
+    check(run(p, "gpu", INTERPRET), p)
 
 
+@in_the_interpreter
 @pytest.mark.matrix
 def test_slots_are_refilled_without_races(monkeypatch):
     """The interpreter follows what happens before what, and raises."""
@@ -62,13 +64,22 @@ def test_slots_are_refilled_without_races(monkeypatch):
     monkeypatch.setattr(launch, "_interpreter", lambda: dataclasses.replace(interpreter(), detect_races=True))
     monkeypatch.setattr(backward, "MULTIPROCESSORS", 0)
     p = problem(600, documents=2, dtype=BF16)
-    check(run(p, "gpu"), p)
+    check(run(p, "gpu", INTERPRET), p)
+
+
+@on_hopper
+@pytest.mark.parametrize("documents", [1, 6])
+def test_thousands_of_tokens_equal_float64_and_two_runs_give_the_same_bits(documents):
+    p = problem(4168, heads=4, batch=2, documents=documents, dtype=BF16)
+    first, second = run(p, "gpu", INTERPRET), run(p, "gpu", INTERPRET)
+    check(first, p)
+    assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.matrix
 def test_two_runs_give_the_same_bits():
     p = problem(400, documents=2, dtype=BF16)
-    first, second = run(p, "gpu"), run(p, "gpu")
+    first, second = run(p, "gpu", INTERPRET), run(p, "gpu", INTERPRET)
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
@@ -177,6 +188,6 @@ def test_the_published_sizes_compile_and_keep_to_their_memory(chip):
 def test_what_the_kernels_cannot_take_goes_to_xla_and_is_refused_by_name(changes, message):
     p = problem(8, **{"dtype": BF16} | changes)
     with pytest.raises(ValueError, match=message):
-        dense_attention(*p.args, p.first, scale=1.0, implementation="gpu", interpret=True)
+        dense_attention(*p.args, p.first, scale=1.0, implementation="gpu", interpret=INTERPRET)
     fn, args = published(64, heads=2, gradient=False, **changes)
     assert "@mosaic_gpu" not in lower_for("H100", fn, args).as_text()

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gates import check, gate, run
+from hopper import INTERPRET, in_the_interpreter, on_hopper
 
 from pallas_kernels.engram_gate import gpu
 from pallas_kernels.engram_gate.cases import FIRST, cases
@@ -22,9 +23,16 @@ BF16, F32 = jnp.bfloat16, jnp.float32
     [(1, 3, 128, F32), pytest.param(4, 5, 384, BF16, marks=pytest.mark.slow), pytest.param(8, 2, 256, BF16, marks=pytest.mark.slow)],
 )
 def test_the_gate_equals_float64(n, tokens, width, dtype):
-    check(gate(n, tokens, width, dtype), "gpu")
+    check(gate(n, tokens, width, dtype), "gpu", INTERPRET)
 
 
+@on_hopper
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_the_published_width_equals_float64(dtype):
+    check(gate(4, 4133, 2560, dtype), "gpu", INTERPRET)
+
+
+@in_the_interpreter
 @pytest.mark.slow
 def test_programs_that_walk_over_tokens_refill_their_buffers_without_races(monkeypatch):
     """Two programs for 15 tokens, more than are under way at once, and one of the two takes the last token again.
@@ -34,17 +42,17 @@ def test_programs_that_walk_over_tokens_refill_their_buffers_without_races(monke
     interpreter = launch._interpreter
     monkeypatch.setattr(launch, "_interpreter", lambda: dataclasses.replace(interpreter(), detect_races=True))
     monkeypatch.setattr(rows, "MULTIPROCESSORS", 1)
-    check(gate(2, 7, 128, BF16), "gpu")
+    check(gate(2, 7, 128, BF16), "gpu", INTERPRET)
     monkeypatch.setattr(launch, "_interpreter", interpreter)
     monkeypatch.setattr(rows, "MULTIPROCESSORS", 2)
-    check(gate(2, 15, 128, BF16), "gpu")
+    check(gate(2, 15, 128, BF16), "gpu", INTERPRET)
 
 
 def test_a_token_that_is_not_finite_spoils_no_other():
     g = gate(2, 4, 128)
     bad = dataclasses.replace(g, streams=g.streams.at[1, 7].set(jnp.nan))
     kept = np.array([0, 2, 3])
-    for got, wanted in zip(run(bad, "gpu"), run(g, "gpu")):
+    for got, wanted in zip(run(bad, "gpu", INTERPRET), run(g, "gpu", INTERPRET)):
         for name in got.keys() & {"out", "streams", "keys_value"}:
             np.testing.assert_array_equal(np.asarray(got[name])[kept], np.asarray(wanted[name])[kept])
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper import INTERPRET, in_the_interpreter, on_hopper
 from indexers import check_selected, indexer, largest, scores_of
 
 from pallas_kernels.gpu import launch
@@ -28,34 +29,41 @@ def check_scores(got, wanted):
 def test_scores_equal_float64():
     """Fewer queries than a tile has, more keys than one, and a sequence of several documents."""
     x = indexer(1, 20, 300, 3, 128, BF16)
-    check_scores(jax.jit(partial(gpu.index_scores, interpret=True))(*x), scores_of(x))
+    check_scores(jax.jit(partial(gpu.index_scores, interpret=INTERPRET))(*x), scores_of(x))
 
 
 @pytest.mark.slow
 def test_scores_of_documents_equal_float64_and_page_scores_are_their_maxima():
     x = indexer(2, 70, 600, 3, 128, BF16)
-    check_scores(jax.jit(partial(gpu.index_scores, interpret=True))(*x), scores_of(x))
-    got = jax.jit(partial(gpu.page_scores, query_chunk=64, interpret=True))(*x)
+    check_scores(jax.jit(partial(gpu.index_scores, interpret=INTERPRET))(*x), scores_of(x))
+    got = jax.jit(partial(gpu.page_scores, query_chunk=64, interpret=INTERPRET))(*x)
     np.testing.assert_allclose(got, xla.page_scores(*x, 64), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
 def test_the_chosen_are_the_largest():
     x = indexer(1, 20, 300, 3, 128, BF16)
-    got = select_tokens(*x, 50, implementation="gpu", interpret=True)
+    got = select_tokens(*x, 50, implementation="gpu", interpret=INTERPRET)
     check_selected(got, largest(scores_of(x), 50), 50)
-    by_page, wanted = (select_pages(*x, 3, implementation=name, interpret=name == "gpu") for name in ("gpu", "xla"))
+    by_page, wanted = (select_pages(*x, 3, implementation=name, interpret=INTERPRET and name == "gpu") for name in ("gpu", "xla"))
     np.testing.assert_array_equal(by_page.index, wanted.index)
     np.testing.assert_array_equal(by_page.count, wanted.count)
 
 
+@on_hopper
+def test_the_published_sizes_equal_float64():
+    x = indexer(2, 500, 5000, 64, 128, BF16)
+    check_scores(jax.jit(partial(gpu.index_scores, interpret=INTERPRET))(*x), scores_of(x))
+
+
+@in_the_interpreter
 @pytest.mark.slow
 def test_slots_are_refilled_without_races(monkeypatch):
     """The interpreter follows what happens before what, and raises."""
     interpreter = launch._interpreter
     monkeypatch.setattr(launch, "_interpreter", lambda: dataclasses.replace(interpreter(), detect_races=True))
     x = indexer(1, 20, 200, 5, 128, BF16)
-    check_scores(jax.jit(partial(gpu.index_scores, interpret=True))(*x), scores_of(x))
+    check_scores(jax.jit(partial(gpu.index_scores, interpret=INTERPRET))(*x), scores_of(x))
 
 
 def published(pages: bool):
@@ -86,5 +94,5 @@ def test_the_published_sizes_compile(pages, chip):
 def test_wide_heads_go_to_xla_and_are_refused_by_name():
     x = indexer(1, 16, 20, 2, 384, BF16)
     with pytest.raises(ValueError, match="I is 384; the GPU kernels take up to 256"):
-        index_scores(*x, implementation="gpu", interpret=True)
+        index_scores(*x, implementation="gpu", interpret=INTERPRET)
     assert "@mosaic_gpu" not in lower_for("H100", index_scores, tuple(x)).as_text()
