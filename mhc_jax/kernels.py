@@ -19,7 +19,7 @@ from mhc_jax.errors import UserError
 from mhc_jax.parallel.devices import has_accelerator
 from pallas_kernels.case import Case, Implementation
 from pallas_kernels.families import build_case, families
-from pallas_kernels.measure import measure_copy_bandwidth, measure_us
+from pallas_kernels.measure import measure_copy_bandwidth, measure_pytorch_us, measure_us
 from pallas_kernels.static_cost import Cost, check_libtpu, chip_of, cost
 
 DEFAULT_TOPOLOGY = "v6e:2x2"
@@ -38,7 +38,17 @@ COLUMNS = [
     "xla_modelled_us",
     "xla_over_floor",
 ]
-MEASURED_COLUMNS = ["kernel", "case", "device", "measured_us", "xla_measured_us", "floor_gb_per_s", "copy_gb_per_s", "floor_tflop_per_s"]
+MEASURED_COLUMNS = [
+    "kernel",
+    "case",
+    "device",
+    "measured_us",
+    "xla_measured_us",
+    "pytorch_us",
+    "floor_gb_per_s",
+    "copy_gb_per_s",
+    "floor_tflop_per_s",
+]
 
 
 @dataclass(frozen=True)
@@ -148,6 +158,7 @@ def _measure(family: str, case: Case, here: Implementation, copy: float) -> dict
         "device": jax.devices()[0].device_kind,
         "measured_us": us,
         "xla_measured_us": xla_us,
+        "pytorch_measured_us": _time_pytorch(case),
         "measured_floor_bytes_per_second": case.floor_bytes / (us / 1e6),
         "measured_floor_flops_per_second": case.floor_flops / (us / 1e6),
         "measured_copy_bytes_per_second": copy,
@@ -155,11 +166,25 @@ def _measure(family: str, case: Case, here: Implementation, copy: float) -> dict
 
 
 def _time(case: Case, implementation: Implementation) -> float:
-    """Microseconds; not a number where it cannot run, which is no reason to stop: XLA may need more memory than there is."""
+    """Microseconds; not a number where it cannot run, which is no reason to stop: too much memory is asked for, or the shape is refused."""
     fn, args = case.build(implementation)
     try:
         return measure_us(fn, case.values(args))
-    except jax.errors.JaxRuntimeError:
+    except (jax.errors.JaxRuntimeError, ValueError):
+        return math.nan
+
+
+def _time_pytorch(case: Case) -> float:
+    """The same of the case's counterpart in PyTorch, where there is one and a PyTorch that sees the GPU."""
+    if case.pytorch is None or importlib.util.find_spec("torch") is None:
+        return math.nan
+    import torch
+
+    if not torch.cuda.is_available():
+        return math.nan
+    try:
+        return measure_pytorch_us(case.pytorch())
+    except RuntimeError:  # out of memory, or no kernel for these widths
         return math.nan
 
 
@@ -204,7 +229,7 @@ def _beside(peer: Cost | str, kernel: Cost | str) -> str:
 def _measured_cells(row: dict[str, Any]) -> list[str]:
     rates = [row["measured_floor_bytes_per_second"] / 1e9, row["measured_copy_bytes_per_second"] / 1e9]
     rates.append(row["measured_floor_flops_per_second"] / 1e12)
-    times = [_number(row["measured_us"]), _number(row["xla_measured_us"])]
+    times = [_number(row[name]) for name in ("measured_us", "xla_measured_us", "pytorch_measured_us")]
     return [f"{row['kernel']}/{row['direction']}", row["case"], row["device"], *times, *(f"{rate:.0f}" for rate in rates)]
 
 
@@ -213,7 +238,7 @@ def _ratio(found: Cost) -> str:
 
 
 def _number(us: float, valid: bool = True) -> str:
-    return f"{us:.1f}" if valid else "not valid"
+    return "-" if math.isnan(us) else f"{us:.1f}" if valid else "not valid"
 
 
 def _line(cells: Sequence[str]) -> str:

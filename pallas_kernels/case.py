@@ -42,6 +42,8 @@ class Case:
     rare: str = ""
     # The same work done by other libraries, by the name of their package, with arguments of their own: compared with where installed.
     peers: Mapping[str, Callable[[], Program]] = field(default_factory=dict)
+    # Makes a function that does the same work in PyTorch on the GPU that is here, to be timed beside it.
+    pytorch: Callable[[], Callable[[], Any]] | None = None
 
     def __post_init__(self) -> None:
         if self.direction not in ("forward", "backward"):

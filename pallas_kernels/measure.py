@@ -21,10 +21,14 @@ def measure_us(fn: Callable[..., Any], args: tuple[Any, ...]) -> float:
     keys = iter(jax.random.split(jax.random.key(0), max(len(jax.tree.leaves(args)), 1)))
     values = jax.tree.map(lambda leaf: _filled(leaf, next(keys)), args)
     compiled = jax.jit(fn).lower(*values).compile()
-    _time(compiled, values, 1)  # warms up
-    calls = max(1, int(ROUND_SECONDS / max(_time(compiled, values, 1), 1e-6)))
-    seconds = statistics.median(_time(compiled, values, calls) for _ in range(ROUNDS))
-    return seconds * 1e6
+    return _median_us(lambda: compiled(*values), jax.block_until_ready)
+
+
+def measure_pytorch_us(call: Callable[[], Any]) -> float:
+    """The same of a function that starts work on the GPU through PyTorch."""
+    import torch
+
+    return _median_us(call, lambda _: torch.cuda.synchronize())
 
 
 def measure_copy_bandwidth() -> float:
@@ -34,12 +38,18 @@ def measure_copy_bandwidth() -> float:
     return 2 * COPY_BYTES / (us / 1e6)
 
 
-def _time(compiled: Callable[..., Any], values: tuple[Any, ...], calls: int) -> float:
+def _median_us(call: Callable[[], Any], wait: Callable[[Any], Any]) -> float:
+    _time(call, wait, 1)  # warms up
+    calls = max(1, int(ROUND_SECONDS / max(_time(call, wait, 1), 1e-6)))
+    return 1e6 * statistics.median(_time(call, wait, calls) for _ in range(ROUNDS))
+
+
+def _time(call: Callable[[], Any], wait: Callable[[Any], Any], calls: int) -> float:
     """Seconds a call over `calls` calls, from the first launch until the last result is there."""
     start = time.perf_counter()
     for _ in range(calls):
-        result = compiled(*values)
-    jax.block_until_ready(result)
+        result = call()
+    wait(result)
     return (time.perf_counter() - start) / calls
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.attention import pytorch
 from pallas_kernels.attention.choose import FAMILY
 from pallas_kernels.case import Case, Implementation
 from pallas_kernels.choose import Kernels
@@ -51,6 +52,7 @@ def _case(direction: Any, length: int) -> Case:
         floor_note=f"{what}: {elements} elements of 2 bytes a token, {flops} FLOPs a pair under the causal mask, for every head",
         floor_flops=flops * HEADS * (length * (length + 1) // 2),
         peers={"tokamax": partial(_tokamax, direction, length)},
+        pytorch=lambda: pytorch.build(direction, HEADS, length, WIDTH + ROPE, VALUE, SCALE),
     )
 
 

@@ -1,19 +1,22 @@
 """Real shapes of sparse attention, and what it must do at each: for tests, benchmarks and the static cost engine.
 
 The attention of DeepSeek-V3.2: 128 heads, latents of 512 + 64 columns, 2048 keys a query as single tokens or as 32 pages, bfloat16. They
-are the last queries of a sequence, which have all their keys; time grows in proportion to the queries.
+are the last queries of a sequence, which have all their keys; time grows in proportion to the queries. Decoding is one query of each of
+many sequences, which share no latents.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.case import Case, Implementation
+from pallas_kernels.case import Case, Direction, Implementation
 from pallas_kernels.choose import Kernels
+from pallas_kernels.sparse_attention import pytorch
 from pallas_kernels.sparse_attention.choose import FAMILY
 from pallas_kernels.sparse_attention.chunks import attend_backward, attend_forward, plan_of
 from pallas_kernels.sparse_attention.spec import Keys, Weights
@@ -21,18 +24,43 @@ from pallas_kernels.visible import PAGE
 
 HEADS, NOPE, ROPE, VALUE, RANK = 128, 128, 64, 128, 512
 CHOSEN, QUERIES = 2048, 512
+DECODED = 128  # sequences, a query of each
 TOKENS = (32768, 131072)
 SCALE = 0.1
 
 
+@dataclass(frozen=True)
+class Shape:
+    """Which keys are chosen, and how many sequences, queries and keys there are."""
+
+    pages: bool
+    batch: int
+    queries: int
+    tokens: int
+
+    @property
+    def lists(self) -> tuple[int, int]:
+        """Lists of a sequence and the entries of each."""
+        return (-(-self.queries // PAGE), CHOSEN // PAGE) if self.pages else (self.queries, CHOSEN)
+
+    @property
+    def name(self) -> str:
+        """What a person types."""
+        rows = f"s{self.queries}" if self.batch == 1 else f"b{self.batch}_s{self.queries}"
+        return f"{rows}_t{self.tokens}_{'pages' if self.pages else 'tokens'}{self.lists[1]}"
+
+
 def cases() -> list[Case]:
-    """Pages and single tokens, in both directions and at every length."""
-    directions: tuple[Literal["forward", "backward"], ...] = ("forward", "backward")
-    return [_case(pages, direction, tokens) for pages in (True, False) for direction in directions for tokens in TOKENS]
+    """Pages and single tokens, in both directions and at every length, and decoding by tokens."""
+    directions: tuple[Direction, ...] = ("forward", "backward")
+    prefill = [Shape(pages, 1, QUERIES, tokens) for pages in (True, False) for tokens in TOKENS]
+    return [_case(shape, direction) for shape in prefill for direction in directions] + [
+        _case(Shape(False, DECODED, 1, TOKENS[0]), "forward")
+    ]
 
 
-def _case(pages: bool, direction: Literal["forward", "backward"], tokens: int) -> Case:
-    queries, width = QUERIES, RANK + ROPE
+def _case(shape: Shape, direction: Direction) -> Case:
+    queries, width = shape.batch * shape.queries, RANK + ROPE
     projections = RANK * (NOPE + VALUE)
     if direction == "forward":
         products, moved = CHOSEN * (width + RANK) + projections, NOPE + ROPE + VALUE
@@ -40,45 +68,60 @@ def _case(pages: bool, direction: Literal["forward", "backward"], tokens: int) -
     else:
         products, moved = CHOSEN * (3 * width + 2 * RANK) + 3 * RANK * NOPE + 2 * RANK * VALUE, 2 * (NOPE + ROPE) + VALUE
         note = "q and d_out read, d_q written; 2 H (k (5 K + 3 R) + K (3 D + 2 V)) FLOPs a query"
+    latents = 0
+    if shape.batch > 1:
+        latents, note = shape.batch * CHOSEN * width * 2, f"every sequence's chosen latents and {note}"
     return Case(
-        name=f"s{queries}_t{tokens}_{f'pages{CHOSEN // PAGE}' if pages else f'tokens{CHOSEN}'}",
+        name=shape.name,
         kernel="sparse_mla",
         direction=direction,
-        build=partial(_build, pages, direction, tokens),
-        floor_bytes=queries * HEADS * moved * 2,
+        build=partial(_build, shape, direction),
+        floor_bytes=latents + queries * HEADS * moved * 2,
         floor_note=note,
         floor_flops=2 * HEADS * products * queries,
-        values=partial(_chosen, pages),
-        rare="sums of another range of keys brought in" if direction == "backward" and not pages else "",
+        values=partial(_chosen, shape),
+        rare="sums of another range of keys brought in" if direction == "backward" and not shape.pages else "",
+        pytorch=lambda: pytorch.build(shape.pages, direction, _build(shape, "forward", "xla")[1][:4], _drawn(shape), SCALE),
     )
 
 
-def _chosen(pages: bool, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """With keys drawn at random for every list, as many as it has room for."""
-    latent, keys = args[3:5]
-    tokens, (_, lists, chosen) = latent.shape[1], keys.index.shape
+def _drawn(shape: Shape) -> np.ndarray:
+    """Keys drawn at random for every list, as many as it has room for: int32 [B, lists, entries]."""
     rng = np.random.default_rng(0)
-    drawn = [np.sort(rng.choice(tokens // PAGE if pages else tokens, chosen, replace=False)) for _ in range(lists)]
-    first, stop = (jnp.full(keys.stop.shape, end, jnp.int32) for end in (0, tokens))
-    return (*args[:4], Keys(jnp.asarray(np.array(drawn)[None], jnp.int32), jnp.full((1, lists), chosen, jnp.int32), first, stop), *args[5:])
+    number, entries = shape.lists
+    among = shape.tokens // PAGE if shape.pages else shape.tokens
+    lists = [np.sort(rng.choice(among, entries, replace=False)) for _ in range(shape.batch * number)]
+    return np.array(lists, np.int32).reshape(shape.batch, number, entries)
 
 
-def _build(pages: bool, direction: str, tokens: int, implementation: Implementation) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype)
+def _chosen(shape: Shape, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    index = jnp.asarray(_drawn(shape))
+    first, stop = (jnp.full((shape.batch, shape.queries), end, jnp.int32) for end in (0, shape.tokens))
+    return (*args[:4], Keys(index, jnp.full(index.shape[:2], index.shape[2], jnp.int32), first, stop), *args[5:])
 
-    queries = QUERIES
-    blocks, chosen = (queries // PAGE, CHOSEN // PAGE) if pages else (queries, CHOSEN)
-    q_rope, latent = array(1, queries, HEADS, ROPE), array(1, tokens, RANK + ROPE)
+
+def _build(shape: Shape, direction: Direction, implementation: Implementation) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    def array(*rest: int, dtype: Any = jnp.bfloat16) -> Any:
+        return jax.ShapeDtypeStruct((shape.batch, *rest), dtype)
+
     whole = partial(array, dtype=jnp.int32)
-    keys = Keys(whole(1, blocks, chosen), whole(1, blocks), whole(1, queries), whole(1, queries))
-    weights = Weights(array(RANK, HEADS, NOPE), array(RANK, HEADS, VALUE))
-    arguments = (array(1, queries, HEADS, NOPE), q_rope, weights, latent, keys)
-    backward = direction == "backward"
+    q_nope, q_rope, out = (array(shape.queries, HEADS, width) for width in (NOPE, ROPE, VALUE))
+    latent = array(shape.tokens, RANK + ROPE)
+    number, entries = shape.lists
+    keys = Keys(whole(number, entries), whole(number), whole(shape.queries), whole(shape.queries))
+    key_up, value_up = (jax.ShapeDtypeStruct((RANK, HEADS, width), jnp.bfloat16) for width in (NOPE, VALUE))
+    weights = Weights(key_up, value_up)  # type: ignore[arg-type]
+    arguments = (q_nope, q_rope, weights, latent, keys)
     plan = plan_of(
-        Kernels(FAMILY, implementation, False), q_rope, latent, chosen, scale=SCALE, pages=pages, query_chunk=queries, backward=backward
+        Kernels(FAMILY, implementation, False),
+        q_rope,
+        latent,
+        entries,
+        scale=SCALE,
+        pages=shape.pages,
+        query_chunk=shape.queries,
+        backward=direction == "backward",
     )
-    if not backward:
+    if direction == "forward":
         return partial(attend_forward, plan), arguments
-    out = array(1, queries, HEADS, VALUE)
-    return partial(attend_backward, plan), (*arguments, out, array(1, queries, HEADS, dtype=jnp.float32), out)
+    return partial(attend_backward, plan), (*arguments, out, array(shape.queries, HEADS, dtype=jnp.float32), out)
