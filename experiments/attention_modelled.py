@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mhc_jax.configs.sparse import deepseek_v32
 from mhc_jax.files import AnyPath, write_json
@@ -27,11 +28,8 @@ from pallas_kernels.visible import PAGE, Selected, Span
 FILE = "modelled.json"
 TOPOLOGIES = ("v6e:2x2", "v5p:2x2x1", "tpu7x:2x2x1")
 K = 1024
-WHOLE = (4 * K, 8 * K, 16 * K)  # sequences that dense attention and the choice of pages are modelled over
 CACHES = (8 * K, 32 * K, 128 * K)  # keys that a chunk of queries chooses tokens from
-DENSE_HEADS = 2
 CHUNK = 512  # queries that choose, and that attend to pages
-FEW = 32  # queries that attend to tokens, of few keys: what is done once for all keys must not seem theirs
 Say = Callable[[str], None]
 
 
@@ -49,15 +47,30 @@ class Program:
         return f"{self.part}/s{self.queries}_t{self.keys}_h{self.heads}"
 
 
-def programs() -> list[Program]:
-    """All of them, the quickest first."""
-    return [
-        *(Program("select_tokens", CHUNK, keys) for keys in CACHES),
-        *(Program("select_pages", tokens, tokens) for tokens in WHOLE),
-        *(Program("dense", tokens, tokens, DENSE_HEADS) for tokens in WHOLE),
-        Program("pages", CHUNK, CACHES[1]),
-        Program("tokens", FEW, WHOLE[0]),
-    ]
+@dataclass(frozen=True)
+class Sizes:
+    """The programs that all times follow from."""
+
+    whole: tuple[int, ...]  # sequences of dense attention, and of the choice of pages
+    dense_heads: int
+    tokens: Program  # attention to chosen tokens
+
+    @property
+    def programs(self) -> list[Program]:
+        """All of them, the quickest first."""
+        return [
+            *(Program("select_tokens", CHUNK, keys) for keys in CACHES),
+            *(Program("select_pages", tokens, tokens) for tokens in self.whole),
+            *(Program("dense", tokens, tokens, self.dense_heads) for tokens in self.whole),
+            Program("pages", CHUNK, CACHES[1]),
+            self.tokens,
+        ]
+
+
+# A model takes long for what a chip does quickly. Few queries attend to tokens, of few keys: what is done once for all keys must not seem
+# theirs. A GPU wants more work than that to be busy.
+MODELLED = Sizes((4 * K, 8 * K, 16 * K), 2, Program("tokens", 32, 4 * K))
+MEASURED = Sizes((4 * K, 16 * K, 64 * K, 128 * K), 128, Program("tokens", CHUNK, CACHES[1]))
 
 
 def model_all(folder: AnyPath, say: Say, topologies: tuple[str, ...] = TOPOLOGIES, wanted: list[Program] | None = None) -> dict[str, Any]:
@@ -67,7 +80,7 @@ def model_all(folder: AnyPath, say: Say, topologies: tuple[str, ...] = TOPOLOGIE
     """
     path = folder / FILE
     known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    todo = [(t, p) for p in (programs() if wanted is None else wanted) for t in topologies if p.key not in known.get(t, {})]
+    todo = [(t, p) for p in (MODELLED.programs if wanted is None else wanted) for t in topologies if p.key not in known.get(t, {})]
     if not todo:
         return known
     try:
@@ -83,19 +96,17 @@ def model_all(folder: AnyPath, say: Say, topologies: tuple[str, ...] = TOPOLOGIE
 
 
 def measure_all(folder: AnyPath, say: Say) -> dict[str, Any]:
-    """The same programs on the accelerator that is here, by its name: times measured. Without one, what FOLDER/measured.json holds.
-
-    Integers are zeros, chosen keys among them, so that gathers are kinder to the memory than real ones.
-    """
+    """Programs on the accelerator that is here, by its name: times measured. Without one, what FOLDER/measured.json holds."""
     path = folder / "measured.json"
     known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if not has_accelerator():
         return known
     device = jax.devices()[0].device_kind
-    for program in programs():
+    for program in MEASURED.programs:
         if program.key not in known.setdefault(device, {}):
             say(f"measuring {program.key} on {device}")
-            known[device][program.key] = {"us": measure_us(*build(program)), "problems": []}
+            fn, args = build(program)
+            known[device][program.key] = {"us": measure_us(fn, drawn(program, args)), "problems": []}
             write_json(path, known)
     return known
 
@@ -144,6 +155,24 @@ def build(program: Program) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     selected = Selected(whole(1, blocks, chosen), whole(1, blocks))
     latent = array(1, keys, a.kv_rank + a.rope_dim)
     return partial(_only_out, sparse_mla, scale=scale, pages=pages), (*of_query, *ups, latent, selected, span)
+
+
+def drawn(program: Program, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments with integers that mean something: every query sees all keys up to its own, the last query the last key; chosen keys are
+    drawn at random from all, a chunk's at the end of the keys.
+    """
+    if program.part == "dense":
+        return args
+    stop = jnp.arange(program.keys - program.queries, program.keys, dtype=jnp.int32)[None] + 1
+    span = Span(jnp.zeros_like(stop), stop)
+    if program.part.startswith("select"):
+        return (*args[:-1], span)
+    selected = args[-2]
+    _, lists, chosen = selected.index.shape
+    rng = np.random.default_rng(0)
+    among = program.keys // PAGE if program.part == "pages" else program.keys
+    index = np.array([np.sort(rng.choice(among, chosen, replace=False)) for _ in range(lists)], np.int32)[None]
+    return (*args[:-2], Selected(jnp.asarray(index), jnp.full((1, lists), chosen, jnp.int32)), span)
 
 
 def _only_out(attend: Callable[..., Any], *args: Any, **named: Any) -> Any:

@@ -1,10 +1,10 @@
-"""What was modelled of attention on TPUs, as the blocks of a report: figure, times, memory, and what could not be modelled."""
+"""What was modelled or measured of attention, as the blocks of a report: figure, times, memory, and what could not be modelled."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from mhc_jax.experiments.attention_memory import LAYERS
-from mhc_jax.experiments.attention_modelled import K
+from mhc_jax.experiments.attention_modelled import MEASURED, MODELLED, K
 from mhc_jax.experiments.attention_times import Times
 from mhc_jax.experiments.document import Block, Heading, Items, Paragraph, Picture, Table
 from mhc_jax.experiments.formats import NONE, mebibytes, significant
@@ -21,15 +21,16 @@ def chip(topology: str) -> str:
 
 def times_blocks(found: Mapping[str, Any], how: str) -> list[Block]:
     """Times that were "modelled" or "measured", by topology or device; nothing where there are none."""
-    times = {chip(name): Times(own) for name, own in found.items()}
+    sizes = {"modelled": MODELLED, "measured": MEASURED}[how]
+    times = {chip(name): Times(own, sizes) for name, own in found.items()}
     times = {name: own for name, own in times.items() if any(total(1.0) is not None for total in (own.dense, own.pages, own.tokens))}
     blocks: list[Block] = []
     if times:
         picture = to_png(lambda: times_figure(times, how))
         source = {"modelled": "read off the compiler's schedule for chips that are not here", "measured": "on this machine"}[how]
         reading = (
-            f"Microseconds a token of a whole sequence, forward, one layer, {source}. Points were {how} (dense attention for two heads), "
-            "lines go through them by their laws of growth. A vertical line is a break-even."
+            f"Microseconds a token of a whole sequence, forward, one layer, {source}. Points were {how} (dense "
+            f"attention for {sizes.dense_heads} heads), lines go through them by their laws of growth. A vertical line is a break-even."
         )
         blocks += [Heading(how.capitalize()), Picture(f"figures/{how}.png", f"Time of a token, {how}", reading, picture)]
         blocks.append(times_table(times))

@@ -1,4 +1,4 @@
-"""Longer sequences from the programs that were modelled: how each part's time follows from its size. Arithmetic alone.
+"""Longer sequences from the programs that were modelled or measured: how each part's time follows from its size. Arithmetic alone.
 
 Dense attention and the choice of pages over a whole sequence of S tokens take a S + b S^2 (heads are independent, so dense attention is
 modelled for two of them). The choice of tokens takes a + b T for a chunk of queries that looks at T keys, those up
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mhc_jax.experiments.attention_modelled import CACHES, CHUNK, DENSE_HEADS, FEW, WHOLE, Program
+from mhc_jax.experiments.attention_modelled import CACHES, CHUNK, MODELLED, Program, Sizes
 from mhc_jax.plan.attention import crossing
 from pallas_kernels.indexer.select import ends_of
 
@@ -21,9 +21,10 @@ Total = Callable[[float], float | None]  # microseconds of a whole sequence of s
 
 @dataclass(frozen=True)
 class Times:
-    """Modelled microseconds of one layer, from what was found for one chip."""
+    """Microseconds of one layer, from what was found for one chip."""
 
     found: Mapping[str, Any]  # by `Program.key`
+    sizes: Sizes = MODELLED
     heads: int = 128
 
     def us(self, program: Program) -> float | None:
@@ -33,12 +34,12 @@ class Times:
 
     def dense(self, tokens: float) -> float | None:
         """Of a whole sequence with dense attention, forward."""
-        found = self._whole([Program("dense", size, size, DENSE_HEADS) for size in WHOLE], tokens)
-        return None if found is None else found * self.heads / DENSE_HEADS
+        found = self._whole([Program("dense", size, size, self.sizes.dense_heads) for size in self.sizes.whole], tokens)
+        return None if found is None else found * self.heads / self.sizes.dense_heads
 
     def pages(self, tokens: float) -> float | None:
         """The same with attention to chosen pages, the choice included."""
-        choice = self._whole([Program("select_pages", size, size) for size in WHOLE], tokens)
+        choice = self._whole([Program("select_pages", size, size) for size in self.sizes.whole], tokens)
         attention = self.us(Program("pages", CHUNK, CACHES[1]))
         return None if choice is None or attention is None else choice + attention * tokens / CHUNK
 
@@ -46,8 +47,8 @@ class Times:
         """The same with attention to chosen tokens, the choice included: each chunk's from the keys up to the next of a few ends."""
         number = len(ends_of(math.ceil(tokens)))
         seen = tokens * (number + 1) / (2 * number)  # by a chunk, on average
-        choice, attention = self._chosen(seen), self.us(Program("tokens", FEW, WHOLE[0]))
-        return None if choice is None or attention is None else choice * tokens / CHUNK + attention * tokens / FEW
+        choice, attention = self._chosen(seen), self.us(self.sizes.tokens)
+        return None if choice is None or attention is None else choice * tokens / CHUNK + attention * tokens / self.sizes.tokens.queries
 
     def break_even(self, granularity: str) -> float | None:
         """Tokens from which on prefill takes less with "pages" or "tokens" than with dense attention; None where they do not cross."""

@@ -7,7 +7,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from mhc_jax.experiments.attention_modelled import WHOLE
 from mhc_jax.experiments.attention_times import Times
 from mhc_jax.experiments.published_costs import DECODE, PREFILL, K, Published, priced
 from mhc_jax.experiments.style import WIDTH
@@ -103,7 +102,7 @@ def times_figure(times: Mapping[str, Times], how: str) -> Figure:
                 continue
             axes.plot(x, [(total(s) or np.nan) / s for s in x], color=color, label=f"{label} ({how})")
             if total != own.tokens:
-                axes.plot(WHOLE, [(total(s) or np.nan) / s for s in WHOLE], "o", color=color, markersize=4)
+                axes.plot(own.sizes.whole, [(total(s) or np.nan) / s for s in own.sizes.whole], "o", color=color, markersize=4)
         for granularity, color, height in (("tokens", TOKEN, 0.9), ("pages", PAGES, 0.96)):
             if (here := own.break_even(granularity)) is not None and 2 * K < here <= LAST:
                 axes.axvline(here, color=color, linewidth=0.8)

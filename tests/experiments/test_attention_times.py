@@ -1,11 +1,14 @@
 """Longer sequences from short programs, on costs that are known; and programs that really are the layer's parts."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from mhc_jax.experiments.attention_memory import LAYERS, Layer, layer_program, weigh_all
-from mhc_jax.experiments.attention_modelled import CACHES, CHUNK, DENSE_HEADS, FEW, WHOLE, Program, build, model_all, programs
+from mhc_jax.experiments.attention_modelled import CACHES, CHUNK, MEASURED, MODELLED, Program, build, drawn, model_all
 from mhc_jax.experiments.attention_times import Times
+
+WHOLE, DENSE_HEADS = MODELLED.whole, MODELLED.dense_heads
 
 
 def known(pages=200.0):
@@ -13,12 +16,12 @@ def known(pages=200.0):
     us = {Program("dense", s, s, DENSE_HEADS).key: 0.1 * s + 1e-4 * s * s for s in WHOLE}
     us |= {Program("select_pages", s, s).key: 0.01 * s + 1e-5 * s * s for s in WHOLE}
     us |= {Program("select_tokens", CHUNK, t).key: 50 + 0.01 * t for t in CACHES}
-    us |= {Program("pages", CHUNK, CACHES[1]).key: pages, Program("tokens", FEW, WHOLE[0]).key: 450.0}
+    us |= {Program("pages", CHUNK, CACHES[1]).key: pages, MODELLED.tokens.key: 450.0}
     return {key: {"us": value, "problems": []} for key, value in us.items()}
 
 
 def test_every_program_is_used():
-    assert {program.key for program in programs()} == set(known())
+    assert {program.key for program in MODELLED.programs} == set(known())
 
 
 def test_laws_of_growth():
@@ -48,7 +51,7 @@ def test_what_has_no_valid_figure_has_no_time():
     assert times.tokens(1000) is not None
 
 
-@pytest.mark.parametrize("program", programs(), ids=lambda program: program.key)
+@pytest.mark.parametrize("program", MODELLED.programs, ids=lambda program: program.key)
 def test_a_program_has_the_shapes_of_its_part(program):
     fn, args = build(program)
     out = jax.eval_shape(fn, *args)
@@ -80,7 +83,7 @@ def test_what_is_kept_is_not_asked_for_again(tmp_path, monkeypatch):
     for _ in range(2):
         model_all(tmp_path, lambda line: None)
         weigh_all(tmp_path, lambda line: None)
-    assert len(asked) == len(set(asked)) == 3 * (len(programs()) + len(LAYERS))
+    assert len(asked) == len(set(asked)) == 3 * (len(MODELLED.programs) + len(LAYERS))
 
 
 def test_without_the_compiler_what_is_there_is_told(tmp_path, monkeypatch):
@@ -90,3 +93,17 @@ def test_without_the_compiler_what_is_there_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("mhc_jax.experiments.attention_modelled.check_libtpu", missing)
     said: list[str] = []
     assert model_all(tmp_path, said.append) == {} and said == ["nothing is modelled: no libtpu"]
+
+
+@pytest.mark.parametrize("program", MEASURED.programs, ids=lambda program: program.key)
+def test_what_is_measured_has_keys_to_attend_to(program):
+    _, args = build(program)
+    given = drawn(program, args)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), given) == jax.tree.map(lambda x: (x.shape, x.dtype), args)
+    if program.part == "dense":
+        return
+    assert given[-1].stop[0, -1] == program.keys and given[-1].stop[0, 0] == program.keys - program.queries + 1
+    if not program.part.startswith("select"):
+        index, count = given[-2]
+        assert (count == index.shape[-1]).all() and (jnp.diff(index, axis=-1) > 0).all()
+        assert index.min() >= 0 and index.max() < program.keys // (64 if program.part == "pages" else 1)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from mhc_jax.cli import main
 from mhc_jax.experiments import attention_memory, attention_modelled, sparse_attention_cost
 from mhc_jax.experiments.attention_memory import LAYERS
-from mhc_jax.experiments.attention_modelled import programs
+from mhc_jax.experiments.attention_modelled import MODELLED
 from mhc_jax.experiments.figures_depth import heat_map
 from mhc_jax.experiments.study import to_png
 
@@ -25,7 +25,7 @@ def test_a_study_must_be_named(args, message, capsys):
 
 
 def test_the_cost_report_from_kept_figures(tmp_path, monkeypatch):
-    us = {program.key: {"us": 100.0 * program.queries, "problems": []} for program in programs()}
+    us = {program.key: {"us": 100.0 * program.queries, "problems": []} for program in MODELLED.programs}
     us["pages/s512_t32768_h128"] = {"problems": ["the compiler refuses it"]}
     (tmp_path / "modelled.json").write_text(json.dumps({"v6e:2x2": us}))
     (tmp_path / "memory.json").write_text(json.dumps({"v6e:2x2": {layer.key: 5 << 20 for layer in LAYERS}}))

@@ -105,8 +105,10 @@ def check(g: Gate, implementation: str, interpret: Any = True) -> None:
 
     float32: sums of C products; scores are an order of magnitude from zero, where the slope of their root would multiply errors.
     bfloat16: what has the streams' type is rounded once, when it is written, to 1.7e-3 in this norm; the rest is as for float32.
+    Gradients of gains are sums over tokens, too.
     """
+    exact = 5e-6 * max(1.0, len(g.streams) / 1000) ** 0.5
     rounded = {"out", "streams", "keys_value"} if g.streams.dtype == jnp.bfloat16 else set()
     for got, wanted in zip(run(g, implementation, interpret), oracle(g)):
         for name, error in errors(got, wanted).items():
-            assert error < (2e-3 if name in rounded else 5e-6), f"{name}: {error:.2e}"
+            assert error < (2e-3 if name in rounded else exact), f"{name}: {error:.2e}"

@@ -84,17 +84,17 @@ def test_a_token_that_is_not_finite_spoils_no_other_and_zeros_are_finite():
 def test_pre_and_its_gradient_equal_float64():
     p = problem(V4, tokens=70)
 
-    def f(implementation, x, weights):
-        return mhc_pre(x, weights, p.mapping, implementation=implementation, interpret=INTERPRET and implementation == "gpu")
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def both(implementation, x, weights):
-        out, pull = jax.vjp(functools.partial(f, implementation), x, weights)
+    def both(implementation, p):
+        interpret = INTERPRET and implementation == "gpu"
+        out, pull = jax.vjp(lambda x, w: mhc_pre(x, w, p.mapping, implementation=implementation, interpret=interpret), p.x, p.weights)
         return out, pull(p.cotangents[1:])
 
-    got, wanted = both("gpu", p.x, p.weights), both("xla", p.x, p.weights)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted)):
-        assert np.linalg.norm(np.asarray(a - b)) < 2e-5 * np.linalg.norm(np.asarray(b))
+    got = jax.jit(lambda x, weights: both("gpu", dataclasses.replace(p, x=x, weights=weights)))(p.x, p.weights)
+    with jax.enable_x64(True):
+        x, weights, cotangents = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), (p.x, p.weights, p.cotangents))
+        wanted = both("xla", dataclasses.replace(p, x=x, weights=weights, cotangents=cotangents))
+    for a, b in zip(jax.tree.leaves(got), map(np.asarray, jax.tree.leaves(wanted))):
+        assert np.linalg.norm(np.asarray(a) - b) < 2e-5 * np.linalg.norm(b)
 
 
 @in_the_interpreter

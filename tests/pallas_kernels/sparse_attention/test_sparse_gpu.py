@@ -14,13 +14,13 @@ from problems_sparse import check, problem
 from pallas_kernels.gpu import gather, launch
 from pallas_kernels.sparse_attention import NO_KEYS, gpu, sparse_mla, xla
 from pallas_kernels.sparse_attention.gpu.backward import halves
-from pallas_kernels.sparse_attention.gpu.sums import plus_shares
+from pallas_kernels.sparse_attention.gpu.sums import plus_pages, plus_tokens
 from pallas_kernels.static_cost import compile_for, lower_for
 from pallas_kernels.visible import PAGE, Selected, Span
 
 BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
-# bfloat16 operands: outputs and gradients are rounded once, 2e-3 in this norm, products of them twice.
-TOLERANCE = {"o": 3e-3, "log_total": 1e-6, "top": 1e-6, "d_q": 4e-3, "o again": 3e-3, "d_latent": 4e-3}
+# bfloat16 operands: outputs and gradients are rounded once, 2e-3 in this norm, products of them twice, and latents' sum two of these.
+TOLERANCE = {"o": 3e-3, "log_total": 1e-6, "top": 1e-6, "d_q": 4e-3, "o again": 3e-3, "d_latent": 5e-3}
 SMALL = {"heads": 64, "rank": 128, "rope": 64, "nope": 8, "value": 6, "dtype": BF16, "batch": 1}
 
 
@@ -151,11 +151,12 @@ def test_columns_are_divided_without_gap_and_fit_registers(rank, columns):
 
 @pytest.mark.parametrize("pages", [False, True])
 def test_shares_are_added_to_their_latents_and_nothing_else(pages):
-    keys, entries = 130, 3
-    shares = jnp.asarray(np.random.default_rng(0).integers(1, 9, (2, 2, entries if pages else 1, 64, 4)), F32)
+    keys, entries, columns = 130, 3, 192
+    shares = jnp.asarray(np.random.default_rng(0).integers(1, 9, (2, 2, entries if pages else 1, 64, columns)), F32)
     index, count = jnp.asarray([[[0, 1, 2], [1, 0, 0]], [[0, 2, 0], [0, 0, 0]]], I32), jnp.asarray([[3, 1], [2, 0]], I32)
-    got = plus_shares(jnp.ones((2, keys, 4)), shares, index, count, pages)
-    wanted = np.ones((2, keys, 4))
+    add = plus_pages if pages else partial(plus_tokens, interpret=INTERPRET)
+    got = add(jnp.ones((2, keys, columns)), shares, index, count)
+    wanted = np.ones((2, keys, columns))
     for b, i in np.ndindex(2, 2):
         for e in range(int(count[b, i])):
             start, window = (int(index[b, i, e]) * PAGE, PAGE) if pages else (int(index[b, i, e]), 1)
