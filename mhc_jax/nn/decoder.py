@@ -27,7 +27,7 @@ from mhc_jax.nn.loss import next_token_loss
 from mhc_jax.nn.mla import MLA
 from mhc_jax.nn.module import Module, Spec, normal
 from mhc_jax.nn.moe import MoE
-from mhc_jax.nn.norm import inverse_rms, rms_norm, wide, wide_dtype
+from mhc_jax.nn.norm import inverse_rms, rms_norm, sublayer_input, wide, wide_dtype
 from mhc_jax.nn.remat import kept, recomputed, scan_layers
 from mhc_jax.nn.residual.kinds import CONNECTIONS
 from mhc_jax.nn.residual.mhc import pre_bias, projected
@@ -214,7 +214,7 @@ def feed_forward(
     rules: Rules = Rules(),
 ) -> tuple[Float[Array, "B S C"], tuple[Int[Array, "E"], Float[Array, ""]]]:
     """Either kind of feed-forward behind its norm: its output, the tokens of each expert and the balance loss."""
-    u = rms_norm(u, norm, config.norm_eps)
+    u = sublayer_input(u, norm, config.norm_eps)
     if isinstance(ffn, MoE):
         y, load, balance = ffn(u, bias, rules)
         return y, (load, balance)
@@ -270,7 +270,7 @@ def hidden_states(
 
     def attention(u, attention, norm, positions, segment_ids):
         with jax.named_scope("attention"):
-            return attention(rms_norm(u, norm, config.norm_eps), positions, segment_ids, rules)
+            return attention(sublayer_input(u, norm, config.norm_eps), positions, segment_ids, rules)
 
     def ffn(u, ffn, norm, bias):
         with jax.named_scope("experts" if isinstance(ffn, MoE) else "feed_forward"):
