@@ -1,4 +1,4 @@
-"""The GPU kernels interpreted on a CPU against float64, and lowered and compiled for Hopper. Nothing here says how fast a GPU is."""
+"""The GPU kernels, run on a Hopper GPU or interpreted on the CPU, against float64, and compiled for Hopper. Nothing here is timed."""
 
 import dataclasses
 import importlib.util

@@ -1,4 +1,4 @@
-"""GPU kernels, interpreted on the CPU against float64, and lowered for Hopper. Nothing here says how fast a GPU is."""
+"""GPU kernels, run on a Hopper GPU or interpreted on the CPU, against float64, and lowered for Hopper. Nothing here is timed."""
 
 import dataclasses
 

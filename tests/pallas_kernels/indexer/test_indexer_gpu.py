@@ -1,4 +1,4 @@
-"""GPU kernels of the indexer, interpreted on the CPU and lowered for Hopper. Nothing here says how fast a GPU is."""
+"""GPU kernels of the indexer, run on a Hopper GPU or interpreted on the CPU, and lowered for Hopper. Nothing here is timed."""
 
 import dataclasses
 import importlib.util

@@ -1,4 +1,4 @@
-"""GPU kernels, interpreted on the CPU, copies and barriers included, against float64. Nothing here says how fast a GPU is."""
+"""GPU kernels, run on a Hopper GPU or interpreted on the CPU, copies and barriers included, against float64. Nothing here is timed."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""GPU kernels of sparse attention, interpreted on the CPU and lowered for Hopper. Nothing here says how fast a GPU is."""
+"""GPU kernels of sparse attention, run on a Hopper GPU or interpreted on the CPU, and lowered for Hopper. Nothing here is timed."""
 
 import dataclasses
 import importlib.util
