@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 from jax.experimental.mesh_utils import create_device_mesh
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mhc_jax.config import MeshConfig
 from mhc_jax.errors import UserError
@@ -46,14 +46,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def shardings(mesh: Mesh, rules: Rules, specs: Any, model: Any) -> Any:
-    """The sharding of every parameter of a model, from a pytree of `mhc_jax.nn.module.Spec` of its structure.
+    """The sharding of every parameter of a model, from a pytree of `mhc_jax.nn.module.Spec` of its structure."""
+    return jax.tree.map(lambda spec, parameter: NamedSharding(mesh, partition(mesh, rules, spec, parameter.shape)), specs, model)
+
+
+def partition(mesh: Mesh | AbstractMesh, rules: Rules, spec: Any, shape: tuple[int, ...]) -> PartitionSpec:
+    """How a parameter of this `mhc_jax.nn.module.Spec` and shape is split.
 
     A latent's dimensions are split only where they come out even: it is the parts that are small which have few of them.
     """
-
-    def sharding(spec: Any, parameter: Any) -> NamedSharding:
-        parts = math.prod(mesh.shape[name] for name in rules.mesh_axes("rank"))
-        uneven = [axis == "rank" and size % parts for axis, size in zip(spec.axes, parameter.shape, strict=True)]
-        return NamedSharding(mesh, rules.spec(*(None if odd else axis for axis, odd in zip(spec.axes, uneven))))
-
-    return jax.tree.map(sharding, specs, model)
+    parts = math.prod(mesh.shape[name] for name in rules.mesh_axes("rank"))
+    uneven = [axis == "rank" and size % parts for axis, size in zip(spec.axes, shape, strict=True)]
+    return rules.spec(*(None if odd else axis for axis, odd in zip(spec.axes, uneven)))

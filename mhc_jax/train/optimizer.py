@@ -11,12 +11,9 @@ from jaxtyping import Array, Float
 from mhc_jax.config import OptimizerConfig
 from mhc_jax.nn.decoder import Decoder, learnable_mappings
 from mhc_jax.nn.module import Spec, specs
+from mhc_jax.parallel.rules import Rules
+from mhc_jax.train.muon import muon
 from mhc_jax.train.stages import of_indexer
-
-# Of DeepSeek-V4's Muon (arXiv 2606.19348): momentum, and the root mean square that an update is scaled to, like that of AdamW's.
-MUON_BETA = 0.95
-MUON_RMS = 0.18
-MUON_EPS = 1e-20
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -42,26 +39,18 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
     )
 
 
-def optimizer(config: OptimizerConfig, *, only_indexer: bool = False) -> optax.GradientTransformation:
+def optimizer(config: OptimizerConfig, *, only_indexer: bool = False, rules: Rules = Rules()) -> optax.GradientTransformation:
     """What `optimizer.kind` names: turns clipped gradients into a direction, which the learning rate scales.
 
-    With `only_indexer` everything else gets no direction, no decay and no moments.
+    With `only_indexer` everything else gets no direction, no decay and no moments. `rules` say how parameters lie on the mesh that is set.
     """
     if only_indexer:
-        parts = {"trained": optimizer(config), "frozen": optax.set_to_zero()}
+        parts = {"trained": optimizer(config, rules=rules), "frozen": optax.set_to_zero()}
         return optax.partition(parts, lambda model: jax.tree.map(lambda own: "trained" if own else "frozen", of_indexer(model)))
     if config.kind == "adamw":
         return adamw(config)
-    of_matrices = optax.contrib.muon(
-        1.0,
-        beta=MUON_BETA,
-        eps=MUON_EPS,
-        weight_decay=config.weight_decay,
-        consistent_rms=MUON_RMS,
-        muon_weight_dimension_numbers=lambda model: jax.tree.map(matrix_axes, specs(model)),
-    )
-    # Muon's function brings the sign of a descent along.
-    parts = {"muon": optax.chain(of_matrices, optax.scale(-1.0)), "adamw": adamw(config)}
+    of_matrices = optax.chain(muon(rules, matrix_axes), optax.add_decayed_weights(config.weight_decay))
+    parts = {"muon": of_matrices, "adamw": adamw(config)}
     return optax.partition(parts, lambda model: jax.tree.map(lambda s: "adamw" if matrix_axes(s) is None else "muon", specs(model)))
 
 

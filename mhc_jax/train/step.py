@@ -182,7 +182,7 @@ def _stepped(
     frozen, load = only_indexer(config.model), found.expert_load
 
     def updated(model: Decoder, moments: Any, router_bias: Array, memory: Memory | None) -> tuple[Decoder, Any, Array, Memory | None]:
-        directions, moments = optimizer(config.optimizer, only_indexer=frozen).update(clipping.of_model(grads), moments, model)
+        directions, moments = optimizer(config.optimizer, only_indexer=frozen, rules=rules).update(clipping.of_model(grads), moments, model)
         model = jax.tree.map(lambda p, d: p - rate * d, model, directions)
         if frozen:
             return model, moments, router_bias, memory
