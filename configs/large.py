@@ -43,7 +43,7 @@ def moe_1t() -> Config:
     No such model is published; names with v4 are kept for the real DeepSeek-V4. Assumed is all that is not DeepSeek-V3's (`v3_671b`): 304
     experts of its size; the tables of DeepSeek-V4.1-Flash (196.6B), 21 % of what is not active, where Engram's allocation law has its
     optimum (20 to 25 %; arXiv 2601.07372); mHC with n = 4 and V4's learned collapse; the indexer of DeepSeek-V3.2, trained from scratch as
-    V4.1's is; V3's optimizer, AdamW, and not V4's Muon, which here orthogonalises all experts at once (1.7 TiB of a device).
+    V4.1's is; V3's optimizer, AdamW, and not V4's Muon.
     Expect: no published loss; counted, 24 % more FLOPs a token than `v3_671b` at 4K tokens, where sparse attention costs more than it
     saves, 25 % fewer at 32K and 67 % fewer at 128K (docs/economics.md). Not run with this code.
     Command: mhc-jax train moe_1t --mesh.fsdp 512 --data.source 'corpus/*.txt' --data.tokenizer tokenizer.json

@@ -31,7 +31,7 @@ AT_ONCE = 4  # matrices that a device of several orthogonalises together: their 
 class Momentum(NamedTuple):
     """Gradients counted and averaged."""
 
-    count: Int[Array, ""]
+    updates: Int[Array, ""]
     mean: Any
 
 
@@ -53,7 +53,7 @@ def _momentum() -> optax.GradientTransformation:
     def update(gradient: Any, state: Momentum, model: Any = None) -> tuple[Any, Momentum]:
         del model
         mean = optax.tree.update_moment(gradient, state.mean, BETA, 1)
-        count = optax.safe_increment(state.count)
+        count = optax.safe_increment(state.updates)
         ahead = optax.tree.bias_correction(mean, BETA, optax.safe_increment(count))
         now = optax.tree.bias_correction(gradient, BETA, count)
         return jax.tree.map(lambda m, g: BETA * m + (1 - BETA) * g, ahead, now), Momentum(count, mean)
