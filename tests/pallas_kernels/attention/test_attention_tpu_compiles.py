@@ -26,9 +26,13 @@ def test_the_case_compiles(case, chip):
     check_compiles(case, chip)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(
+    ("chip", "dtype"),
+    [
+        *(pytest.param(chip, jnp.bfloat16, marks=pytest.mark.slow) for chip in CHIPS),
+        *(pytest.param(chip, jnp.float32, marks=pytest.mark.slow if chip == CHIPS[-1] else pytest.mark.matrix) for chip in CHIPS),
+    ],
+)
 def test_what_the_platform_has_is_chosen_and_compiles_on_four_chips(chip, dtype):
     """Attention and its gradient as a user writes them, a sequence of ragged length on every chip."""
     split = PartitionSpec("x")
