@@ -6,7 +6,6 @@ The figures come from `pallas_kernels.static_cost` and `pallas_kernels.measure`;
 import dataclasses
 import importlib.util
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -103,6 +102,8 @@ def run_kernels(filters: Sequence[str], topologies: Sequence[str], json_file: Pa
         for family, case in chosen:
             measured = _measure(family, case, here, copy)
             progress(_line(_measured_cells(measured)))
+            for problem in measured["problems"]:
+                progress(f"  not measured, {problem}")
             record["measured"].append(measured)
     if json_file:
         json_file.write_text(json.dumps(record, indent=1))
@@ -152,40 +153,41 @@ def _cost(family: str, case: Case, implementation: str, topology: str) -> Cost |
 
 
 def _measure(family: str, case: Case, here: Implementation, copy: float) -> dict[str, Any]:
-    us, xla_us = (_time(case, implementation) for implementation in (here, "xla"))
+    times = {"": _time(case, here), "xla_": _time(case, "xla"), "pytorch_": _time_pytorch(case)}
+    us = times[""]
+    per_second = 1e6 / us if isinstance(us, float) else None
     return {
         **_identity(family, case),
         "device": jax.devices()[0].device_kind,
-        "measured_us": us,
-        "xla_measured_us": xla_us,
-        "pytorch_measured_us": _time_pytorch(case),
-        "measured_floor_bytes_per_second": case.floor_bytes / (us / 1e6),
-        "measured_floor_flops_per_second": case.floor_flops / (us / 1e6),
+        **{f"{name}measured_us": found if isinstance(found, float) else None for name, found in times.items()},
+        "problems": [f"{name or 'kernel_'}: {found}".replace("_:", ":") for name, found in times.items() if isinstance(found, str)],
+        "measured_floor_bytes_per_second": per_second and case.floor_bytes * per_second,
+        "measured_floor_flops_per_second": per_second and case.floor_flops * per_second,
         "measured_copy_bytes_per_second": copy,
     }
 
 
-def _time(case: Case, implementation: Implementation) -> float:
-    """Microseconds; not a number where it cannot run, which is no reason to stop: too much memory is asked for, or the shape is refused."""
+def _time(case: Case, implementation: Implementation) -> float | str:
+    """Microseconds, or why there are none, which does not take the other cases with it: too little memory, no room, no such kernel."""
     fn, args = case.build(implementation)
     try:
         return measure_us(fn, case.values(args))
-    except (jax.errors.JaxRuntimeError, ValueError):
-        return math.nan
+    except (jax.errors.JaxRuntimeError, ValueError, AttributeError) as error:
+        return str(error).partition("\n")[0]
 
 
-def _time_pytorch(case: Case) -> float:
-    """The same of the case's counterpart in PyTorch, where there is one and a PyTorch that sees the GPU."""
+def _time_pytorch(case: Case) -> float | str | None:
+    """The same of the case's counterpart in PyTorch; None where there is none, or no PyTorch that sees the GPU."""
     if case.pytorch is None or importlib.util.find_spec("torch") is None:
-        return math.nan
+        return None
     import torch
 
     if not torch.cuda.is_available():
-        return math.nan
+        return None
     try:
         return measure_pytorch_us(case.pytorch())
-    except RuntimeError:  # out of memory, or no kernel for these widths
-        return math.nan
+    except RuntimeError as error:  # out of memory, or no kernel for these widths
+        return str(error).partition("\n")[0]
 
 
 def _identity(family: str, case: Case) -> dict[str, Any]:
@@ -227,10 +229,14 @@ def _beside(peer: Cost | str, kernel: Cost | str) -> str:
 
 
 def _measured_cells(row: dict[str, Any]) -> list[str]:
-    rates = [row["measured_floor_bytes_per_second"] / 1e9, row["measured_copy_bytes_per_second"] / 1e9]
-    rates.append(row["measured_floor_flops_per_second"] / 1e12)
-    times = [_number(row[name]) for name in ("measured_us", "xla_measured_us", "pytorch_measured_us")]
-    return [f"{row['kernel']}/{row['direction']}", row["case"], row["device"], *times, *(f"{rate:.0f}" for rate in rates)]
+    times = [row[name] for name in ("measured_us", "xla_measured_us", "pytorch_measured_us")]
+    rates = [("measured_floor_bytes", 1e9), ("measured_copy_bytes", 1e9), ("measured_floor_flops", 1e12)]
+    found = [(row[f"{name}_per_second"], unit) for name, unit in rates]
+    cells = [
+        *("-" if us is None else _number(us) for us in times),
+        *("-" if rate is None else f"{rate / unit:.0f}" for rate, unit in found),
+    ]
+    return [f"{row['kernel']}/{row['direction']}", row["case"], row["device"], *cells]
 
 
 def _ratio(found: Cost) -> str:
@@ -238,7 +244,7 @@ def _ratio(found: Cost) -> str:
 
 
 def _number(us: float, valid: bool = True) -> str:
-    return "-" if math.isnan(us) else f"{us:.1f}" if valid else "not valid"
+    return f"{us:.1f}" if valid else "not valid"
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -106,6 +106,19 @@ def test_on_an_accelerator_it_measures(engine, capsys, monkeypatch, tmp_path):
     assert not [key for key in row if "modelled" in key]
 
 
+def test_a_case_that_cannot_be_measured_leaves_the_others(engine, capsys, monkeypatch, tmp_path):
+    def measure(fn, args):
+        raise ValueError("does not fit into shared memory\nand more")
+
+    monkeypatch.setattr(kernels, "_accelerator", lambda: "gpu")
+    monkeypatch.setattr(kernels, "measure_us", measure)
+    monkeypatch.setattr(kernels, "measure_copy_bandwidth", lambda: 5e9)
+    assert cli.main(["kernels", "toy", "--json", str(tmp_path / "k.json")]) == 0
+    assert capsys.readouterr().out.count("  not measured, kernel: does not fit into shared memory\n") == 2
+    rows = json.loads((tmp_path / "k.json").read_text())["measured"]
+    assert len(rows) == 2 and all(row["measured_us"] is row["measured_floor_bytes_per_second"] is None for row in rows)
+
+
 def test_what_a_user_can_put_right(engine, capsys, monkeypatch):
     assert cli.main(["kernels", "nothing"]) == 2
     assert "the cases are\n  toy/double/forward/t8" in capsys.readouterr().err
