@@ -47,8 +47,8 @@ class Times:
         """The same with attention to chosen tokens, the choice included: each chunk's from the keys up to the next of a few ends."""
         number = len(ends_of(math.ceil(tokens)))
         seen = tokens * (number + 1) / (2 * number)  # by a chunk, on average
-        choice, attention = self._chosen(seen), self.us(self.sizes.tokens)
-        return None if choice is None or attention is None else choice * tokens / CHUNK + attention * tokens / self.sizes.tokens.queries
+        choice, attention = self._chosen(seen), self._of_tokens()
+        return None if choice is None or attention is None else (choice / CHUNK + attention) * tokens
 
     def break_even(self, granularity: str) -> float | None:
         """Tokens from which on prefill takes less with "pages" or "tokens" than with dense attention; None where they do not cross."""
@@ -75,6 +75,19 @@ class Times:
         size, us = np.array([program.queries for program in programs], float), np.array(times, float)
         a, b = np.linalg.lstsq(np.stack([size, size**2], axis=1) / us[:, None], np.ones_like(us), rcond=None)[0]
         return float(a * tokens + b * tokens**2)
+
+    def _of_tokens(self) -> float | None:
+        """Attention of one query to its tokens. A model's few queries pay for what a chunk does once, such as reading the projections'
+        weights: it is taken from attention to pages, which does the same around its kernel.
+        """
+        few, pages = self.sizes.tokens, Program("pages", CHUNK, CACHES[1])
+        attention, of_pages = self.us(few), self.us(pages)
+        if attention is None or few.queries == CHUNK:
+            return attention and attention / few.queries
+        if of_pages is None:
+            return None
+        around = of_pages - self.found[pages.key]["kernel_us"]
+        return float(self.found[few.key]["kernel_us"] / few.queries + around / CHUNK)
 
     def _chosen(self, keys: float) -> float | None:
         """Of a chunk: a + b T through the modelled caches."""
