@@ -24,7 +24,7 @@ from pallas_kernels.visible import PAGE
 
 HEADS, NOPE, ROPE, VALUE, RANK = 128, 128, 64, 128, 512
 CHOSEN, QUERIES = 2048, 512
-DECODED = 128  # sequences, a query of each
+DECODED, CACHED = 128, 8192  # sequences, a query of each, and their keys
 TOKENS = (32768, 131072)
 SCALE = 0.1
 
@@ -55,7 +55,7 @@ def cases() -> list[Case]:
     directions: tuple[Direction, ...] = ("forward", "backward")
     prefill = [Shape(pages, 1, QUERIES, tokens) for pages in (True, False) for tokens in TOKENS]
     return [_case(shape, direction) for shape in prefill for direction in directions] + [
-        _case(Shape(False, DECODED, 1, TOKENS[0]), "forward")
+        _case(Shape(False, DECODED, 1, CACHED), "forward")
     ]
 
 
