@@ -54,9 +54,7 @@ def cases() -> list[Case]:
     """Pages and single tokens, in both directions and at every length, and decoding by tokens."""
     directions: tuple[Direction, ...] = ("forward", "backward")
     prefill = [Shape(pages, 1, QUERIES, tokens) for pages in (True, False) for tokens in TOKENS]
-    return [_case(shape, direction) for shape in prefill for direction in directions] + [
-        _case(Shape(False, DECODED, 1, CACHED), "forward")
-    ]
+    return [_case(shape, direction) for shape in prefill for direction in directions] + [_case(Shape(False, DECODED, 1, CACHED), "forward")]
 
 
 def _case(shape: Shape, direction: Direction) -> Case:

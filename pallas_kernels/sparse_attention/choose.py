@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.case import Implementation
-from pallas_kernels.choose import LANES, Kernels
+from pallas_kernels.choose import LANES, Kernels, target
 from pallas_kernels.choose import choose as choose_of
 from pallas_kernels.visible import PAGE, Selected
 
@@ -30,6 +30,10 @@ def choose(
             return importlib.import_module(f"pallas_kernels.{FAMILY}.gpu").misfit(latent, rank, q_rope.shape[2])
         return _tpu_misfit(q_rope, latent, rank, selected.index.shape[-1], pages)
 
+    # The TPU kernels for single tokens first bring all latents into rows that can be moved: too much for a token that is decoded.
+    few = not pages and q_rope.shape[1] * selected.index.shape[-1] < latent.shape[1]
+    if name is None and few and target()[0] == "tpu":
+        name = "xla"
     return choose_of(FAMILY, name, interpret, None, limit=limit)
 
 

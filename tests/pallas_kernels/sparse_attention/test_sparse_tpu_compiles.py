@@ -1,17 +1,20 @@
 """The TPU kernels compile for real chips, and what a whole pass takes beside its arguments at the published shape stays bounded."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
 from compile_cases import check_compiles, matrix
 
 from pallas_kernels.choose import Kernels
+from pallas_kernels.sparse_attention import sparse_mla
 from pallas_kernels.sparse_attention.cases import CHOSEN, HEADS, NOPE, RANK, ROPE, VALUE, cases
 from pallas_kernels.sparse_attention.choose import FAMILY
 from pallas_kernels.sparse_attention.chunks import attend_backward, attend_forward, plan_of
 from pallas_kernels.sparse_attention.spec import Keys, Weights
 from pallas_kernels.static_cost import compile_for
-from pallas_kernels.visible import PAGE
+from pallas_kernels.visible import PAGE, Selected, Span
 
 
 def first(case):
@@ -48,3 +51,19 @@ def test_a_pass_over_131072_queries_and_keys_takes_two_gibibytes_at_most(chip, i
     memory = compile_for(chip, lambda *arguments: fn(plan, *arguments), arguments).memory_analysis()
     two_sums = chip.startswith("v5p") and implementation == "tpu" and backward and not pages  # of latents' gradients, one for each core
     assert memory.temp_size_in_bytes <= (5 << 29 if two_sums else 2 << 30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("queries", "kernels"), [(1, False), (8, True)])
+def test_a_decoded_token_gathers_from_the_cache_as_it_is(queries, kernels):
+    """2048 of 8192 keys for each query; the kernels would first copy all of them."""
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct((1, *shape), dtype)
+
+    whole = partial(array, dtype=jnp.int32)
+    q_nope, q_rope, latent = array(queries, 16, NOPE), array(queries, 16, ROPE), array(8192, RANK + ROPE)
+    up = jax.ShapeDtypeStruct((RANK, 16, NOPE), jnp.bfloat16)
+    selected, span = Selected(whole(queries, CHOSEN), whole(queries)), Span(whole(queries), whole(queries))
+    text = compile_for("v6e:2x2", partial(sparse_mla, scale=0.1), (q_nope, q_rope, up, up, latent, selected, span)).as_text() or ""
+    assert ("tpu_custom_call" in text) == kernels
