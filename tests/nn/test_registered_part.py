@@ -43,6 +43,7 @@ def test_the_page_keeps_its_word():
     assert len(code().splitlines()) <= 40
 
 
+@pytest.mark.slow
 def test_the_pages_part_starts_as_the_plain_network_and_trains(registered):
     config = small(residual=NAME, num_layers=2, dense_layers=2)
     batch, bias = make_batch(config, sequences=4), initial_router_bias(config)

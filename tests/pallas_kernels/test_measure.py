@@ -12,11 +12,24 @@ def test_the_time_of_a_call_is_the_elapsed_time_over_the_calls(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
 
-    def call(step):
-        now[0] += step
-        return jnp.zeros(())
+    def call():
+        now[0] += 0.25
+        return now[0]
 
-    assert measure._time(call, (0.25,), 8) == pytest.approx(0.25)
+    def wait(last):
+        assert last == 102.0  # of eight calls
+        now[0] += 0.8
+
+    assert measure._time(call, wait, 8) == pytest.approx(0.35)
+
+
+def test_an_array_that_is_given_is_taken_as_it_is(monkeypatch):
+    monkeypatch.setattr(measure, "ROUND_SECONDS", 0.0)
+    seen = []
+    index = jnp.asarray([3, 1], jnp.int32)
+    measure.measure_us(lambda x, index: jax.debug.callback(seen.append, index), (jax.ShapeDtypeStruct((4,), jnp.float32), index))
+    jax.effects_barrier()
+    np.testing.assert_array_equal(seen[0], index)
 
 
 def test_the_bandwidth_of_a_copy_counts_reads_and_writes(monkeypatch):

@@ -67,6 +67,7 @@ def test_the_warm_up_brings_the_indexer_nearer_to_the_attention(tiny):
     assert all(float(metrics.grad_norm) == 0 for metrics in told)
 
 
+@pytest.mark.slow
 def test_the_sparse_stage_moves_everything(tiny):
     config = staged(tiny, "sparse", **{"optimizer.warmup_steps": 0, "model.residual": "residual"})
     assert changed(config) == {name for name, _ in named_parameters(initial_state(config).model)}
