@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.sparse_attention.gpu.backward import gradient_of_latents, gradient_of_queries
 from pallas_kernels.sparse_attention.gpu.forward import attend
-from pallas_kernels.sparse_attention.gpu.sums import plus_pages, plus_tokens
+from pallas_kernels.sparse_attention.gpu.sums import plus_shares
 from pallas_kernels.sparse_attention.gpu.tiles import ROWS
 
 Array = jax.Array
@@ -73,7 +73,7 @@ def attend_tokens_backward(
         shares = gradient_of_latents(
             part(q), latent, part(index), part(count), None, part(log_total), part(own), part(d_o), scale, interpret
         )
-        return plus_tokens(d_latent, shares, part(index), part(count), interpret)
+        return plus_shares(d_latent, shares, part(index), part(count), False)
 
     return d_q, o, some(0, d_latent) if size == queries else jax.lax.fori_loop(0, queries // size, some, d_latent)
 
@@ -98,4 +98,4 @@ def attend_pages_backward(
     o, _, _ = attend(q, latent, index, count, span, d_o.shape[-1], scale, interpret)
     d_q = gradient_of_queries(q, latent, index, count, span, log_total, own, d_o, scale, interpret)
     shares = gradient_of_latents(q, latent, index, count, span, log_total, own, d_o, scale, interpret)
-    return d_q, o, plus_pages(d_latent, shares, index, count)
+    return d_q, o, plus_shares(d_latent, shares, index, count, True)

@@ -14,7 +14,7 @@ from problems_sparse import check, problem
 from pallas_kernels.gpu import gather, launch
 from pallas_kernels.sparse_attention import NO_KEYS, gpu, sparse_mla, xla
 from pallas_kernels.sparse_attention.gpu.backward import halves
-from pallas_kernels.sparse_attention.gpu.sums import plus_pages, plus_tokens
+from pallas_kernels.sparse_attention.gpu.sums import plus_shares
 from pallas_kernels.static_cost import compile_for, lower_for
 from pallas_kernels.visible import PAGE, Selected, Span
 
@@ -154,8 +154,7 @@ def test_shares_are_added_to_their_latents_and_nothing_else(pages):
     keys, entries, columns = 130, 3, 192
     shares = jnp.asarray(np.random.default_rng(0).integers(1, 9, (2, 2, entries if pages else 1, 64, columns)), F32)
     index, count = jnp.asarray([[[0, 1, 2], [1, 0, 0]], [[0, 2, 0], [0, 0, 0]]], I32), jnp.asarray([[3, 1], [2, 0]], I32)
-    add = plus_pages if pages else partial(plus_tokens, interpret=INTERPRET)
-    got = add(jnp.ones((2, keys, columns)), shares, index, count)
+    got = plus_shares(jnp.ones((2, keys, columns)), shares, index, count, pages)
     wanted = np.ones((2, keys, columns))
     for b, i in np.ndindex(2, 2):
         for e in range(int(count[b, i])):
