@@ -151,11 +151,11 @@ def test_columns_are_divided_without_gap_and_fit_registers(rank, columns):
 
 @pytest.mark.parametrize("pages", [False, True])
 def test_shares_are_added_to_their_latents_and_nothing_else(pages):
-    keys, entries, columns = 130, 3, 192
-    shares = jnp.asarray(np.random.default_rng(0).integers(1, 9, (2, 2, entries if pages else 1, 64, columns)), F32)
+    keys, entries = 130, 3
+    shares = jnp.asarray(np.random.default_rng(0).integers(1, 9, (2, 2, entries if pages else 1, 64, 4)), F32)
     index, count = jnp.asarray([[[0, 1, 2], [1, 0, 0]], [[0, 2, 0], [0, 0, 0]]], I32), jnp.asarray([[3, 1], [2, 0]], I32)
-    got = plus_shares(jnp.ones((2, keys, columns)), shares, index, count, pages)
-    wanted = np.ones((2, keys, columns))
+    got = plus_shares(jnp.ones((2, keys, 4)), shares, index, count, pages)
+    wanted = np.ones((2, keys, 4))
     for b, i in np.ndindex(2, 2):
         for e in range(int(count[b, i])):
             start, window = (int(index[b, i, e]) * PAGE, PAGE) if pages else (int(index[b, i, e]), 1)
