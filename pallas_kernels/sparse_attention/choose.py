@@ -17,9 +17,17 @@ HEADS = 16  # the TPU kernels take multiples of it: a tile of bfloat16 rows
 
 
 def choose(
-    q_rope: jax.Array, latent: jax.Array, rank: int, selected: Selected, name: Implementation | None, interpret: bool, *, pages: bool
+    q_rope: jax.Array,
+    latent: jax.Array,
+    rank: int,
+    selected: Selected,
+    name: Implementation | None,
+    interpret: bool,
+    *,
+    pages: bool,
+    backward: bool,
 ) -> Kernels:
-    """The implementation of this name; without one, the platform's kernels where the arrays fit them and XLA where they do not.
+    """The implementation of this name; without one, the platform's kernels where they fit the arrays and are faster, and XLA elsewhere.
 
     Raises:
       ValueError: the name is unknown, or its kernels cannot run here or cannot take these arrays.
@@ -32,7 +40,8 @@ def choose(
 
     # The TPU kernels for single tokens first bring all latents into rows that can be moved: too much for a token that is decoded.
     few = not pages and q_rope.shape[1] * selected.index.shape[-1] < latent.shape[1]
-    if name is None and few and target()[0] == "tpu":
+    # On an H200 XLA goes back through pages as fast as the GPU kernel, which failed its test there once (docs/kernels_gpu.md).
+    if name is None and {"tpu": few, "gpu": pages and backward}.get(target()[0]):
         name = "xla"
     return choose_of(FAMILY, name, interpret, None, limit=limit)
 
