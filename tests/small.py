@@ -56,6 +56,12 @@ def only(chosen: Iterable[Any], everything: Iterable[Any]) -> list[Any]:
     return [value if value in chosen else pytest.param(value, marks=pytest.mark.slow) for value in everything]
 
 
+def slowly(chosen: Iterable[Any], everything: Iterable[Any]) -> list[Any]:
+    """Parameters of a test: the chosen ones in the slow suite, the others in the matrix."""
+    chosen = list(chosen)
+    return [pytest.param(value, marks=pytest.mark.slow if value in chosen else pytest.mark.matrix) for value in everything]
+
+
 def make_batch(config: ModelConfig, sequences: int = 2, length: int = 16, seed: int = 0, documents: bool = True) -> dict[str, jax.Array]:
     """Random tokens; with `documents`, two documents a sequence, whose last targets are none."""
     rng = np.random.default_rng(seed)

@@ -46,14 +46,15 @@ MESHES = {
     "data 2 expert 2 context 2": MeshConfig(data=2, expert=2, context=2),
 }
 FAST = {("mhc", "fsdp 2 expert 4")}
+SINGLE = {"fsdp 8", "expert 8", "tensor 8"}  # axes that other meshes have beside each other
 CONTAINED = {"static_hc", "identity_hc", "engram"}  # what hc, mhc and engram with convolution do, less something
 
 
 def marks(part: str, mesh: str) -> list[pytest.MarkDecorator]:
-    """Slow: nearly every part on one mesh, and the plainest on all. The rest of the matrix is not for every day."""
+    """Slow: nearly every part on one mesh, and the plainest on most. The rest of the matrix is not for every day."""
     if (part, mesh) in FAST:
         return []
-    often = part == "residual" or (mesh == "fsdp 2 context 2 tensor 2" and part not in CONTAINED)
+    often = mesh not in SINGLE if part == "residual" else (mesh == "fsdp 2 context 2 tensor 2" and part not in CONTAINED)
     return [pytest.mark.slow if often else pytest.mark.matrix]
 
 

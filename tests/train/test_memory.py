@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from small import only
+from small import only, slowly
 
 from mhc_jax.config import override
 from mhc_jax.engram_config import EngramConfig, TableConfig
@@ -81,8 +81,7 @@ def same(got, config, bound):
 
 
 # The fast suite compares eight devices with one in tests/tables; here whole steps are run.
-@pytest.mark.slow
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", slowly(["adam"], OPTIMIZERS))
 def test_eight_devices_move_tables_as_one(tiny, optimizer):
     config = config_of(tiny, optimizer)
     got = trained(override(config, {"mesh.data": 2, "mesh.fsdp": 4}))

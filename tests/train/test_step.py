@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from small import temporary_bytes
+from small import slowly, temporary_bytes
 
 from mhc_jax.config import MeshConfig, override
 from mhc_jax.parallel.mesh import make_mesh
@@ -68,8 +68,7 @@ def test_a_step_needs_no_second_copy_of_the_state(tiny):
 
 
 # The fast suite compares loss and gradients in tests/parallel; here three whole steps with their optimizer are run.
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["residual", "hc", "static_hc", "mhc", "identity_hc"])
+@pytest.mark.parametrize("kind", slowly(["mhc"], ["residual", "hc", "static_hc", "mhc", "identity_hc"]))
 def test_eight_devices_train_as_one(tiny, kind):
     config = override(tiny, {"model.residual": kind})
     batches = [batch_of(config, seed) for seed in range(3)]

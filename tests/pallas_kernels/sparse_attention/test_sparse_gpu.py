@@ -69,15 +69,16 @@ def check_chunk(pages: bool, **shape) -> dict:
 @pytest.mark.parametrize(
     ("pages", "shape"),
     [
-        (False, {"queries": 1, "keys": 100}),
-        (True, {"queries": 1, "keys": 150}),
-        (False, {"queries": 3, "keys": 300, "heads": 128, "batch": 2}),
-        (True, {"queries": 3, "keys": 450, "heads": 128, "batch": 2}),
-        (False, {"queries": 1, "keys": 100, "rank": 512}),
-        (True, {"queries": 2, "keys": 192, "rank": 256}),
+        pytest.param(False, {"queries": 1, "keys": 100}, marks=pytest.mark.slow),
+        pytest.param(True, {"queries": 1, "keys": 150}, marks=pytest.mark.slow),
+        pytest.param(False, {"queries": 3, "keys": 300, "heads": 128, "batch": 2}, marks=pytest.mark.matrix),
+        pytest.param(True, {"queries": 3, "keys": 450, "heads": 128, "batch": 2}, marks=pytest.mark.matrix),
+        pytest.param(False, {"queries": 2, "keys": 70, "heads": 128, "batch": 2}, marks=pytest.mark.slow),
+        pytest.param(True, {"queries": 2, "keys": 70, "heads": 128, "batch": 2}, marks=pytest.mark.slow),
+        pytest.param(False, {"queries": 1, "keys": 100, "rank": 512}, marks=pytest.mark.slow),
+        pytest.param(True, {"queries": 2, "keys": 192, "rank": 256}, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.slow
 def test_a_chunk_equals_float64(pages, shape):
     """Lists that end within a tile, pages that end beyond the keys, latents that no query may see."""
     check_chunk(pages, **shape)

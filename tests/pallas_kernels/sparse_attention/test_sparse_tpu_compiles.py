@@ -26,10 +26,9 @@ def test_the_case_compiles(case, chip):
     check_compiles(case, chip)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("pages", [True, False])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("implementation", ["tpu", "xla"])
+@pytest.mark.parametrize("implementation", [pytest.param("tpu", marks=pytest.mark.slow), pytest.param("xla", marks=pytest.mark.matrix)])
 @pytest.mark.parametrize("chip", ["v5p:2x2x1", "v6e:2x2"])
 def test_a_pass_over_131072_queries_and_keys_takes_two_gibibytes_at_most(chip, implementation, direction, pages):
     length = 131072
