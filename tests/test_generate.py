@@ -11,7 +11,7 @@ import pytest
 from small import BASE, shaken
 
 from mhc_jax.cli import main
-from mhc_jax.config import override, to_json
+from mhc_jax.config import MeshConfig, override, to_json
 from mhc_jax.data.ngrams.artifact import build_artifact, load_artifact, save_artifact
 from mhc_jax.data.ngrams.hashing import NgramHash
 from mhc_jax.data.tokenizer import train_tokenizer
@@ -93,6 +93,15 @@ def test_greedy_tokens_are_the_likeliest_of_the_whole_pass(run, opened, greedy):
     found = np.asarray(run_whole(state.model, jnp.asarray(whole), read))[..., : tokenizer.size]
     for row, ids, drawn in zip(found, prompts, greedy.tokens):
         assert drawn == row[len(ids) - 1 :][: len(drawn)].argmax(axis=-1).tolist()
+
+
+@pytest.mark.slow
+def test_a_mesh_draws_what_one_device_does(run, greedy, monkeypatch):
+    """Three prompts for four parts of a batch; every program is compiled once."""
+    monkeypatch.setattr(generator, "PREFILL", 16)
+    split = Generator.open(run, MeshConfig(fsdp=2, expert=2, tensor=2))
+    assert split.generate(PROMPTS, 6, sampling=GREEDY).tokens == greedy.tokens
+    assert split._step._cache_size() == split._prefill._cache_size() == 1
 
 
 @pytest.mark.slow
@@ -185,7 +194,7 @@ def no_cache(monkeypatch):
     ],
 )
 def test_bad_options_get_one_message(run, opened, options, message, monkeypatch, capsys, no_cache):
-    monkeypatch.setattr(Generator, "open", lambda folder: opened)
+    monkeypatch.setattr(Generator, "open", lambda folder, mesh: opened)
     before = sorted(run.rglob("*"))
     assert main(["generate", str(run), *options]) == 2
     error = capsys.readouterr().err
@@ -211,7 +220,7 @@ def test_what_a_folder_lacks_is_told(run, tmp_path, missing, message, capsys, no
 
 
 def test_the_command_prints_prompt_and_continuation(run, opened, monkeypatch, capsys, no_cache):
-    monkeypatch.setattr(Generator, "open", lambda folder: opened)
+    monkeypatch.setattr(Generator, "open", lambda folder, mesh: opened)
     texts = opened.generate(PROMPTS, 6, sampling=GREEDY).texts
     assert main(["generate", str(run), "--prompt", *PROMPTS, "--max-tokens", "6", "--temperature", "0"]) == 0
     said = capsys.readouterr()

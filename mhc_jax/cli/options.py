@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -11,6 +11,7 @@ import tyro
 from mhc_jax import configs as named
 from mhc_jax.config import Config
 from mhc_jax.errors import UserError
+from mhc_jax.mesh_config import MeshConfig
 from mhc_jax.residual_kinds import KINDS
 from mhc_jax.typecheck import shown
 
@@ -82,6 +83,7 @@ class Generate:
     top_p: float = 1.0  # draw from the most likely tokens that together have this probability
     seed: int = 0  # of the draws
     context: int | None = None  # tokens of a prompt and its continuation that there is room for; default data.seq_len of the run
+    mesh: MeshConfig = field(default_factory=MeshConfig)  # devices that parameters and prompts are split over
 
 
 @dataclass(frozen=True)

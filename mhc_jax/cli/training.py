@@ -158,7 +158,7 @@ def generate(args: list[str]) -> None:
     from mhc_jax.generate import Generator, Sampling
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    generator = Generator.open(to_path(options.run))
+    generator = Generator.open(to_path(options.run), options.mesh)
     single = options.prompt if len(options.prompt) == 1 else ()
 
     def say(piece: str) -> None:

@@ -1,6 +1,6 @@
 """Continues texts with a trained run: opens its folder, reads prompts in chunks, then draws one token a sequence at a time.
 
-A batch of any prompts runs as one. Two programs are compiled for it: a chunk of PREFILL tokens, and one token.
+A batch of any prompts runs as one, on one device or a mesh. Two programs are compiled for it: a chunk of PREFILL tokens, and one token.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding
 
 from mhc_jax.config import Config, MeshConfig, override
 from mhc_jax.data.ngrams.artifact import FILE as ENGRAM_FILE
@@ -21,13 +21,14 @@ from mhc_jax.errors import UserError
 from mhc_jax.files import AnyPath
 from mhc_jax.generate.sampling import Sampling, keys_of, sample
 from mhc_jax.generate.text import TextPieces
-from mhc_jax.nn.decode import Cache, Network, Ngrams, decode, network_of
+from mhc_jax.nn.decode import DECODING, Cache, Network, Ngrams, decode, network_of
 from mhc_jax.nn.ngram_hash import hash_numbers
+from mhc_jax.parallel.mesh import make_mesh
 from mhc_jax.train.fits import device_bytes
 from mhc_jax.train.folder import saved_config
 from mhc_jax.train.memory import on_host
 from mhc_jax.train.parameters import TOKENIZER_FILE, parameters_of
-from mhc_jax.train.step import initial_state
+from mhc_jax.train.step import initial_state, state_shardings
 
 PREFILL = 128  # tokens of each prompt that are read at a time
 MAX_TOKENS = 200  # that are drawn where nothing is said
@@ -55,6 +56,8 @@ class Generator:
 
     def __init__(self, config: Config, network: Network, tokenizer: TextTokenizer):
         self.config, self.tokenizer = config, tokenizer
+        self._mesh = make_mesh(config.mesh)
+        self._parts = config.mesh.data * config.mesh.fsdp * config.mesh.expert  # that a batch is split into
         # Taking modules apart costs more at every call than the call itself: programs are given a list of arrays.
         structure: Any
         self._arrays, structure = jax.tree.flatten(network)
@@ -69,16 +72,21 @@ class Generator:
             logits, cache = decode(structure.unflatten(arrays), tokens[:, None], alive.astype(jnp.int32), cache)
             return logits[:, :known], alive, cache
 
-        self._prefill = jax.jit(prefill, donate_argnames="cache")
-        self._step = jax.jit(step, donate_argnames="cache")
-        self._sample = jax.jit(sample, static_argnames="sampling")
+        # Whatever goes from program to program has the sequences first, and stays where they are.
+        self._split = NamedSharding(self._mesh, DECODING.spec("batch"))
+        self._prefill = jax.jit(prefill, donate_argnames="cache", out_shardings=self._split)
+        self._step = jax.jit(step, donate_argnames="cache", out_shardings=self._split)
+        self._sample = jax.jit(sample, static_argnames="sampling", out_shardings=self._split)
 
     @classmethod
-    def open(cls, folder: AnyPath) -> "Generator":
-        """The generator of a run: its config, tokenizer and newest undamaged checkpoint, on one device.
+    def open(cls, folder: AnyPath, mesh: MeshConfig | None = None) -> "Generator":
+        """The generator of a run: its config, tokenizer and newest undamaged checkpoint, on one device or a mesh.
+
+        Parameters are split as in training, whatever mesh that had; every device has some of the sequences and their caches.
 
         Raises:
-          UserError: there is no run, no checkpoint or no tokenizer in the folder, or one of them cannot be used.
+          UserError: there is no run, no checkpoint or no tokenizer in the folder, or one of them cannot be used; or the mesh asks for more
+            devices than there are, or does not divide the model.
         """
         if not (folder / "config.json").exists():
             raise UserError(f"there is no run in {folder}; give the folder of one, such as runs/laptop-mhc-seed0")
@@ -89,12 +97,17 @@ class Generator:
                 "was tokenised with there (`mhc-jax data NAME` prints the folder that has it)"
             )
         tokenizer = load_tokenizer(folder / TOKENIZER_FILE, saved.model.vocab_size)
-        config = dataclasses.replace(override(saved, {"train.init_from": None}), mesh=MeshConfig())
+        # Of the batch that was trained with nothing is kept that a mesh would have to divide.
+        mesh = mesh or MeshConfig()
+        sequences = mesh.data * mesh.fsdp * mesh.expert
+        alone = {"train.init_from": None, "train.microbatches": 1, "train.batch_size": sequences, "train.eval_sequences": sequences}
+        config = override(dataclasses.replace(saved, mesh=MeshConfig()), alone | {f"mesh.{k}": v for k, v in vars(mesh).items()})
         if on_host(config):
             config = override(config, {"model.engram.tables.placement": "device", "model.engram.tables.hot_rows": 0})
-        where = SingleDeviceSharding(jax.devices()[0])
         shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), jax.eval_shape(lambda: initial_state(config))
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            jax.eval_shape(lambda: initial_state(config)),
+            state_shardings(config, make_mesh(mesh), DECODING),
         )
         state, step, missing = parameters_of(folder, config, shapes)
         if missing:
@@ -105,7 +118,8 @@ class Generator:
             numbers = hash_numbers(artifact.multipliers, artifact.primes, artifact.offsets)
             assert state.memory is not None
             ngrams = Ngrams(state.memory.tables, numbers, jnp.asarray(artifact.lookup), jnp.asarray(artifact.pad))
-        return cls(config, network_of(state.model, state.router_bias, ngrams), tokenizer)
+        with jax.set_mesh(make_mesh(mesh)):
+            return cls(config, network_of(state.model, state.router_bias, ngrams), tokenizer)
 
     def generate(
         self,
@@ -136,30 +150,37 @@ class Generator:
         context = self.config.data.seq_len if context is None else context
         ids = [list(map(int, own)) or [self.tokenizer.end_of_text] for own in self.tokenizer.encode(prompts)]
         max_tokens = _checked(ids, max_tokens, context, seed)
-        self._check_memory(len(ids), context)
-        keys, cache = keys_of(prompts, seed), Cache.empty(self.config.model, len(ids), context)
-        cache = self._compile(cache, keys, sampling)
+        spare = -len(ids) % self._parts  # sequences that only fill up the batch
+        self._check_memory((len(ids) + spare) // self._parts, context)
+        with jax.set_mesh(self._mesh):
+            keys, cache = keys_of([*prompts, *[""] * spare], seed), self._no_tokens(len(ids) + spare, context)
+            cache = self._compile(cache, keys, sampling)
 
-        begun = time.perf_counter()
-        logits, cache = self._read(ids, cache)
-        jax.block_until_ready(logits)
-        prefilled = time.perf_counter()
-        drawn = self._draw(logits, cache, keys, sampling, max_tokens, say)
-        ended = time.perf_counter()
+            begun = time.perf_counter()
+            logits, cache = self._read(ids + [[self.tokenizer.end_of_text]] * spare, cache)
+            jax.block_until_ready(logits)
+            prefilled = time.perf_counter()
+            drawn = self._draw(logits, cache, keys, sampling, max_tokens, say, len(ids))
+            ended = time.perf_counter()
         texts = [self.tokenizer.decode([token for token in own if token != self.tokenizer.end_of_text]) for own in drawn]
         return Generated(texts, sum(map(len, ids)), prefilled - begun, drawn, ended - prefilled)
+
+    def _no_tokens(self, batch: int, context: int) -> Cache:
+        """An empty cache, each part of it made where it belongs."""
+
+        return jax.jit(lambda: Cache.empty(self.config.model, batch, context), out_shardings=self._split)()
 
     def _compile(self, cache: Cache, keys: Any, sampling: Sampling) -> Cache:
         """Runs every program once on no tokens, which leaves the cache as it is."""
         batch = len(cache.length)
-        none, no_tokens = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, PREFILL), jnp.int32)
+        none, no_tokens = np.zeros(batch, np.int32), np.zeros((batch, PREFILL), np.int32)
         logits, cache = self._prefill(self._arrays, no_tokens, none, self._no_logits(batch), cache)
         tokens = self._sample(logits, keys, cache.length, sampling)
-        _, _, cache = self._step(self._arrays, tokens, self.tokenizer.end_of_text, jnp.zeros(batch, bool), cache)
+        _, _, cache = self._step(self._arrays, tokens, self.tokenizer.end_of_text, jnp.zeros(batch, bool, device=self._split), cache)
         return jax.block_until_ready(cache)
 
     def _no_logits(self, batch: int) -> jax.Array:
-        return jnp.zeros((batch, self.tokenizer.size))
+        return jnp.zeros((batch, self.tokenizer.size), device=self._split)
 
     def _read(self, ids: list[list[int]], cache: Cache) -> tuple[jax.Array, Cache]:
         """The logits after each prompt, and the cache that holds all prompts."""
@@ -174,12 +195,19 @@ class Generator:
         return logits, cache
 
     def _draw(
-        self, logits: jax.Array, cache: Cache, keys: Any, sampling: Sampling, max_tokens: int, say: Callable[[str], None] | None
+        self,
+        logits: jax.Array,
+        cache: Cache,
+        keys: Any,
+        sampling: Sampling,
+        max_tokens: int,
+        say: Callable[[str], None] | None,
+        sequences: int,
     ) -> list[list[int]]:
-        """The tokens of each sequence, up to its end-of-text. The next step is under way while the tokens of one are looked at."""
+        """The tokens of the first `sequences`, up to their end-of-text. The next step is under way while those of one are looked at."""
         end, pieces = self.tokenizer.end_of_text, TextPieces(self.tokenizer.decode)
-        drawn: list[list[int]] = [[] for _ in range(logits.shape[0])]
-        alive = jnp.ones(logits.shape[0], bool)
+        drawn: list[list[int]] = [[] for _ in range(sequences)]
+        alive = jax.device_put(jnp.arange(logits.shape[0]) < sequences, self._split)
         for left in reversed(range(max_tokens)):
             tokens = self._sample(logits, keys, cache.length, sampling)
             if left:

@@ -20,6 +20,9 @@ from mhc_jax.nn.norm import rms_norm
 from mhc_jax.nn.residual.streams import unwritten
 from mhc_jax.parallel.rules import Rules
 
+# On a mesh sequences are split, and heads, hidden widths, experts and vocabulary as in training; positions never, since there is but one.
+DECODING = Rules(sequence=None, positions=None, tokens=Rules.batch, all_heads=Rules.heads)
+
 
 class Ngrams(NamedTuple):
     """Engram's tables, and what turns tokens into numbers of their rows (data/ngrams/artifact)."""
@@ -41,7 +44,10 @@ class Network(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """What decoding remembers of each sequence; a layer's arrays stand by themselves, so that each is updated in place."""
+    """What decoding remembers of each sequence; a layer's arrays stand by themselves, so that each is updated in place.
+
+    Sequences come first in all of them: on a mesh they are split as `DECODING.spec("batch")` says.
+    """
 
     length: Int[Array, "B"]  # tokens so far: the position of the next one
     latents: tuple[LatentCache, ...]
@@ -90,7 +96,9 @@ def network_of(model: Decoder, router_bias: Float[Array, "L_moe E"], ngrams: Ngr
     return Network(bare, layers, engrams, (*no_bias, *router_bias), ngrams)
 
 
-def decode(network: Network, tokens: Int[Array, "B S"], count: Int[Array, "B"], cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
+def decode(
+    network: Network, tokens: Int[Array, "B S"], count: Int[Array, "B"], cache: Cache, rules: Rules = DECODING
+) -> tuple[Float[Array, "B V"], Cache]:
     """Logits after the last of some more tokens of each sequence, and the cache with these tokens.
 
     Args:
@@ -99,6 +107,7 @@ def decode(network: Network, tokens: Int[Array, "B S"], count: Int[Array, "B"], 
       count: how many are meant, 0 to S; the logits of a sequence with 0 mean nothing, and its cache stays as it is. A sequence may not
         outgrow the cache: tokens beyond its capacity are not remembered.
       cache: of the tokens before.
+      rules: where parameters, sequences and caches lie under the mesh that is set, if any; of positions they split none.
 
     Raises:
       ValueError: the cache is that of another config.
@@ -110,9 +119,9 @@ def decode(network: Network, tokens: Int[Array, "B S"], count: Int[Array, "B"], 
     positions = jnp.where(steps < count[:, None], cache.length[:, None] + steps, cache.capacity)
 
     def attend(u: Array, attention: MLA, norm: Array, kept: LatentCache) -> tuple[Array, LatentCache]:
-        return attention.decode(rms_norm(u, norm, config.norm_eps), positions, kept)
+        return attention.decode(rms_norm(u, norm, config.norm_eps), positions, kept, rules)
 
-    pending = unwritten(embedded(model, tokens), network.layers[0].attention_connection.mapping)
+    pending = unwritten(embedded(model, tokens, rules), network.layers[0].attention_connection.mapping)
     memory_layers = () if config.engram is None else config.engram.layer_ids
     rows, before = _rows(network, tokens, count, cache)
     latents, convs = [], []
@@ -120,16 +129,17 @@ def decode(network: Network, tokens: Int[Array, "B S"], count: Int[Array, "B"], 
         connection = layer.attention_connection
         if index in memory_layers:
             own = memory_layers.index(index)
-            x = connection.written(pending, Rules())
-            x, conv = network.engrams[own].decode(x, _read(network, rows, own, x.dtype), cache.convs[own], count)
+            x = connection.written(pending, rules)
+            x, conv = network.engrams[own].decode(x, _read(network, rows, own, x.dtype), cache.convs[own], count, rules)
             pending = unwritten(x, connection.mapping)
             convs.append(conv)
-        pending, kept = sublayer(pending, connection, attend, (layer.attention, layer.attention_norm, kept))
-        pending, _ = sublayer(pending, layer.ffn_connection, feed_forward, (layer.ffn, layer.ffn_norm, bias, config))
+        pending, kept = sublayer(pending, connection, attend, (layer.attention, layer.attention_norm, kept), rules)
+        fed = (layer.ffn, layer.ffn_norm, bias, config, rules)
+        pending, _ = sublayer(pending, layer.ffn_connection, feed_forward, fed, rules)
         latents.append(kept)
-    x = connection.written(pending, Rules())
+    x = connection.written(pending, rules)
     last = jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], axis=1)
-    logits = unembedded(model, collapsed(model, last))[:, 0]
+    logits = unembedded(model, collapsed(model, last, rules))[:, 0]
     return logits, Cache(cache.length + count, tuple(latents), tuple(convs), before)
 
 

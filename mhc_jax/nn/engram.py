@@ -65,12 +65,10 @@ class Engram(Module):
           reach: how many earlier tokens each token's convolution may see, see `reach_of`.
           rules: where tokens lie.
         """
-        keys_value, gain = project(memory.astype(x.dtype), self.keys_value), self.query_gain * self.key_gain
+        keys_value = project(memory.astype(x.dtype), self.keys_value)
+        if self.conv is None:
+            return self._added(x, keys_value, rules)
         halo = HALO if shard_count(rules, "sequence") > 1 else 0
-
-        def add(x: Array, keys_value: Array, gain: Array) -> tuple[Array, Array]:
-            out, gates = self._add(flat(x), flat(keys_value), gain)
-            return out.reshape(x.shape), gates
 
         def add_conv(x: Array, keys_value: Array, gain: Array, reach: Array, weight: Array, conv_gain: Array) -> tuple[Array, Array]:
             if halo:  # the convolution sees the last tokens of the device before; what is computed for them is thrown away
@@ -82,24 +80,26 @@ class Engram(Module):
             gates = gates.reshape(len(gates), *reach.shape)[:, :, halo:]
             return out.reshape(x.shape)[:, halo:], gates.reshape(len(gates), -1)
 
-        given, results = (STREAMS, STREAMS, None), (STREAMS, TOKENS_LAST)
-        if self.conv is None:
-            return on_shards(add, rules, given=given, results=results)(x, keys_value, gain)
-        sharded = on_shards(add_conv, rules, given=(*given, ("batch", "sequence"), None, None), results=results)
-        return sharded(x, keys_value, gain, reach, self.conv, self.conv_gain)
+        given = (STREAMS, STREAMS, None, ("batch", "sequence"), None, None)
+        sharded = on_shards(add_conv, rules, given=given, results=(STREAMS, TOKENS_LAST))
+        return sharded(x, keys_value, self.query_gain * self.key_gain, reach, self.conv, self.conv_gain)
 
     def decode(
-        self, x: Float[Array, "B S nC"], memory: Float[Array, "B S M"], state: "ConvState", count: Int[Array, "B"]
+        self,
+        x: Float[Array, "B S nC"],
+        memory: Float[Array, "B S M"],
+        state: "ConvState",
+        count: Int[Array, "B"],
+        rules: Rules = Rules(),
     ) -> tuple[Float[Array, "B S nC"], "ConvState"]:
         """The next S tokens of one document a sequence, after those that `state` remembers; the first `count` are remembered then."""
-        keys_value = flat(project(memory.astype(x.dtype), self.keys_value))
-        out, gates = self._add(flat(x), keys_value, self.query_gain * self.key_gain)
-        out = out.reshape(x.shape)
+        keys_value = project(memory.astype(x.dtype), self.keys_value)
+        out, gates = self._added(x, keys_value, rules)
         if self.conv is None:
             return out, state
         batch, length, _ = x.shape
         n, width = self.query_gain.shape
-        value = wide(keys_value[:, n * width :]).reshape(batch, length, 1, width)
+        value = wide(keys_value[..., n * width :]).reshape(batch, length, 1, width)
         gated = gates.T.reshape(batch, length, n, 1) * value
         assert self.conv_gain is not None
         normed = rms_norm(gated, None, CONV_EPS) * self.conv_gain[None, None]
@@ -108,8 +108,15 @@ class Engram(Module):
         added = jax.nn.silu(sum(taps[1:], taps[0])).reshape(x.shape)
         return (wide(out) + added).astype(x.dtype), ConvState(newest(past, count, HALO))
 
-    def _add(self, x: Array, keys_value: Array, gain: Array) -> tuple[Array, Array]:
-        return gate_add(x, keys_value, gain, norm_eps=self.norm_eps)
+    def _added(self, x: Array, keys_value: Array, rules: Rules) -> tuple[Array, Array]:
+        """The streams with the gated value added, and the gates."""
+
+        def add(x: Array, keys_value: Array, gain: Array) -> tuple[Array, Array]:
+            out, gates = gate_add(flat(x), flat(keys_value), gain, norm_eps=self.norm_eps)
+            return out.reshape(x.shape), gates
+
+        sharded = on_shards(add, rules, given=(STREAMS, STREAMS, None), results=(STREAMS, TOKENS_LAST))
+        return sharded(x, keys_value, self.query_gain * self.key_gain)
 
 
 class ConvState(NamedTuple):

@@ -24,6 +24,9 @@ from pallas_kernels.indexer import dense_indexer_loss, select_pages, select_toke
 from pallas_kernels.sparse_attention import sparse_mla
 from pallas_kernels.visible import PAGE, Selected, Span, causal_span, tokens_of_pages
 
+# How latents, spans and the indexer's queries, weights and keys are split where keys are chosen.
+OF_INDEXER = (("batch", None, None), *(("batch", "positions", *rest) for rest in ((), (), (None, None), (None,))), ("batch", None, None))
+
 
 class Report(NamedTuple):
     """What attention tells beside its output."""
@@ -119,7 +122,7 @@ class MLA(Module):
         return y, Report(jax.lax.stop_gradient(tops.max()), losses.sum())
 
     def decode(
-        self, x: Float[Array, "B S C"], positions: Int[Array, "B S"], cache: LatentCache
+        self, x: Float[Array, "B S C"], positions: Int[Array, "B S"], cache: LatentCache, rules: Rules = Rules()
     ) -> tuple[Float[Array, "B S C"], LatentCache]:
         """Attention output of S more tokens of each sequence, and the cache with them.
 
@@ -127,22 +130,22 @@ class MLA(Module):
         such tokens fill up sequences that are shorter than others, and their output means nothing.
         """
         q_nope, q_rope, q_latent = self._queries(x, positions)
-        rows = jnp.arange(x.shape[0])[:, None]
+        whole = ("batch", None, None)
 
-        def written(kept: Array, new: Array) -> Array:
+        def write(kept: Array, new: Array, positions: Array) -> Array:
+            rows = jnp.arange(len(kept))[:, None]
             return kept.at[rows, positions].set(new.astype(kept.dtype), mode="drop", wrap_negative_indices=False)
 
-        latent = written(cache.latent, self._latents(x, positions))
+        written = on_shards(write, rules, given=(whole, whole, whole[:2]), results=whole)
+        latent = written(cache.latent, self._latents(x, positions), positions)
         cache = cache._replace(latent=latent)
         span = Span(jnp.zeros_like(positions), jnp.minimum(positions + 1, latent.shape[1]))
         if cache.index_keys is not None:
             assert self.indexer is not None and q_latent is not None
-            index_keys = written(cache.index_keys, self.indexer.keys(x, positions))
+            index_keys = written(cache.index_keys, self.indexer.keys(x, positions), positions)
             cache = cache._replace(index_keys=index_keys)
-            selected = self._selected((*self.indexer.queries(x, q_latent, positions), index_keys), span)
-            attended = sparse_mla(
-                q_nope, q_rope, *self._ups(latent.dtype), latent, selected, span, scale=self.scale, pages=self._by_pages
-            ).out
+            index = (*self.indexer.queries(x, q_latent, positions), index_keys)
+            attended = self._to_chosen(q_nope, q_rope, latent, span, index, rules)[0]
         elif self.qk_scales is None:
             attended = latent_attention(q_nope, q_rope, *self._ups(latent.dtype), latent, span, scale=self.scale)
         else:
@@ -238,11 +241,28 @@ class MLA(Module):
     def _sparse(
         self, q_nope: Array, q_rope: Array, latent: Array, span: Span, index: tuple[Array, ...], rules: Rules
     ) -> tuple[Array, Array, Array]:
-        """The same over the keys that the indexer chooses; every device for its own queries, over all latents of their sequences."""
+        """The same over the keys that the indexer chooses."""
         assert self.config.sparse is not None
-        chunk, whole, own = self.config.sparse.query_chunk, ("batch", None, None), ("batch", "positions")
-        by_heads, ups = (*own, "heads", None), self._ups(latent.dtype)
+        chunk, own = self.config.sparse.query_chunk, ("batch", "positions")
         chosen: tuple[tuple[str | None, ...], ...] = ((*own, None), own)
+        out, tops, *selected = self._to_chosen(q_nope, q_rope, latent, span, index, rules)
+
+        def loss(key_up, q_nope, q_rope, latent, first, stop, q, weight, k, *selected):
+            span, found = Span(first, stop), Selected(*selected)
+            tokens, main = tokens_of_pages(found, span) if self._by_pages else found, (q_nope, q_rope, key_up, latent)
+            return sparse_indexer_loss(q, k, weight, *main, tokens, scale=self.scale, query_chunk=chunk)[None, None]
+
+        detached = jax.lax.stop_gradient((self._ups(latent.dtype)[0], q_nope, q_rope, latent))
+        given = (None, *((*own, None, None),) * 2, *OF_INDEXER, *chosen)
+        losses = on_shards(loss, rules, given=given, results=own)(*detached, *span, *index, *selected)
+        return out, tops, losses
+
+    def _to_chosen(
+        self, q_nope: Array, q_rope: Array, latent: Array, span: Span, index: tuple[Array, ...], rules: Rules
+    ) -> tuple[Array, ...]:
+        """Output [B, S, H, V], largest logits and the keys that were chosen; every device for its own queries, over all their latents."""
+        assert self.config.sparse is not None
+        chunk, own = self.config.sparse.query_chunk, ("batch", "positions")
 
         def attend(key_up, value_up, q_nope, q_rope, latent, first, stop, q, weight, k):
             span = Span(first, stop)
@@ -252,16 +272,7 @@ class MLA(Module):
             )
             return found.out, found.top.max(axis=(1, 2))[:, None, None], *selected
 
-        def loss(key_up, q_nope, q_rope, latent, first, stop, q, weight, k, *selected):
-            span, found = Span(first, stop), Selected(*selected)
-            tokens, main = tokens_of_pages(found, span) if self._by_pages else found, (q_nope, q_rope, key_up, latent)
-            return sparse_indexer_loss(q, k, weight, *main, tokens, scale=self.scale, query_chunk=chunk)[None, None]
-
-        common = (whole, own, own, (*own, None, None), (*own, None), whole)
-        given, shared = ((None, "heads", None),) * 2 + (by_heads,) * 2 + common, (latent, *span, *index)
-        sharded = on_shards(attend, rules, given=given, results=(by_heads, (*own, "heads"), *chosen))
-        out, tops, *selected = sharded(*ups, q_nope, q_rope, *shared)
-        detached = jax.lax.stop_gradient((ups[0], q_nope, q_rope, latent))
-        of_loss = (None, *((*own, None, None),) * 2, *common, *chosen)
-        losses = on_shards(loss, rules, given=of_loss, results=own)(*detached, *span, *index, *selected)
-        return out, tops, losses
+        ups, by_heads = (None, "heads", None), (*own, "heads", None)
+        results = (by_heads, (*own, "heads"), (*own, None), own)
+        sharded = on_shards(attend, rules, given=(ups, ups, by_heads, by_heads, *OF_INDEXER), results=results)
+        return sharded(*self._ups(latent.dtype), q_nope, q_rope, latent, *span, *index)
