@@ -4,9 +4,11 @@ libtpu reads where to dump when it loads, so every compilation gets a new proces
 shardings that training gives its state and batch; arrays are shapes alone. What the step costs is for `plan.model` to say.
 """
 
+import importlib
 import os
 import pickle
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from mhc_jax.config import Config
 from mhc_jax.errors import UserError
+from mhc_jax.nn.residual.kinds import CONNECTIONS
 from mhc_jax.parallel.mesh import make_mesh
 from mhc_jax.parallel.rules import Rules
 from mhc_jax.train.step import TrainState, compile_train_step, initial_state, state_shardings
@@ -75,7 +78,7 @@ def compile_step(config: Config, target: str, say: Say, keep: Path | None = None
       keep: an empty folder for the compiler's dump, to read it; by default it is removed.
 
     Raises:
-      UserError: the process was killed, as for want of this machine's memory.
+      UserError: the process was killed, as for want of this machine's memory; or it could not know the residual part.
       RuntimeError: the compiler failed, but for want of the device's memory; with its last words.
     """
     with TemporaryDirectory(prefix="plan_") as scratch:
@@ -87,7 +90,7 @@ def compile_step(config: Config, target: str, say: Say, keep: Path | None = None
         else:
             environment |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
         request = Path(scratch) / "request"
-        request.write_bytes(pickle.dumps((config, target, dump, result)))
+        request.write_bytes(pickle.dumps((_origin(config.model.residual), config, target, dump, result)))
         with errors.open("wb") as written, request.open("rb") as given:
             child = subprocess.Popen([sys.executable, "-c", START], stdin=given, stdout=written, stderr=written, env=environment)
             try:
@@ -108,9 +111,22 @@ def compile_step(config: Config, target: str, say: Say, keep: Path | None = None
 
 def main() -> None:
     """What the new process runs."""
-    config, target, dump, result = pickle.loads(sys.stdin.buffer.read())
+    (module, script), config, target, dump, result = pickle.loads(sys.stdin.buffer.read())
+    if script is None:
+        importlib.import_module(module)
+    else:
+        runpy.run_path(script, run_name="__mp_main__")  # the name that processes of Python's multiprocessing give it
     jax.config.update("jax_enable_compilation_cache", False)  # what comes out of a cache dumps nothing
     result.write_bytes(pickle.dumps(_compile(config, target, dump)))
+
+
+def _origin(residual: str) -> tuple[str, str | None]:
+    """What the new process has to read to know a residual part: its module, or the file where that is the one that was started."""
+    module = CONNECTIONS[residual].__module__
+    script = getattr(sys.modules["__main__"], "__file__", None) if module == "__main__" else None
+    if module == "__main__" and script is None:
+        raise UserError(f'the part "{residual}" was made in no file, and a plan is made in a process of its own; put it into a file')
+    return module, script
 
 
 def _compile(config: Config, target: str, dump: Path) -> Program:

@@ -1,5 +1,6 @@
 """The part of docs/add_a_residual_part.md, run from the page as a user's file, and what `register` refuses."""
 
+import importlib.util
 import os
 import runpy
 import subprocess
@@ -23,6 +24,14 @@ from mhc_jax.train.optimizer import update_mask
 
 REPO = Path(__file__).parents[2]
 NAME = "circulant"
+
+
+def started(path: Path, words: list[str], **environment: str) -> str:
+    """What the file writes when it is started with these words."""
+    environment = os.environ | {"PYTHONPATH": str(REPO), "JAX_PLATFORMS": "cpu"} | environment
+    done = subprocess.run([sys.executable, path, *words], env=environment, capture_output=True, text=True, timeout=600, cwd=path.parent)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def code() -> str:
@@ -84,12 +93,22 @@ def test_the_pages_file_is_a_command_line(tmp_path):
     small_run = ["--train.steps", "2", "--train.batch-size", "2", "--train.eval-sequences", "2", "--data.seq-len", "32"]
     small_run += ["--train.eval-every", "2", "--train.checkpoint-every", "2", "--data.source", str(tmp_path / "*.txt")]
     words = ["ablate", "laptop", "--variants", NAME, *small_model, *small_run, "--out", str(tmp_path / "list")]
-    environment = os.environ | {"MHC_JAX_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(REPO), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, path, *words], env=environment, capture_output=True, text=True, timeout=600, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    started(path, words, MHC_JAX_CACHE=str(tmp_path / "cache"))
     report = (tmp_path / "list" / "report.md").read_text()
     assert f"| {NAME} |" in report and "not bounded" not in report
     assert (tmp_path / "list" / "figures").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_the_pages_file_plans(tmp_path):
+    """The process that compiles knows the part too."""
+    path = tmp_path / f"{NAME}.py"
+    path.write_text(code())
+    fields = {"num-layers": 1, "dense-layers": 1, "dim": 128, "vocab-size": 256, "dense-dim": 128}
+    words = [word for name, value in fields.items() for word in (f"--model.{name}", str(value))]
+    small_run = ["--train.batch-size", "4", "--data.seq-len", "128"]
+    assert "fits 16.00 GiB" in started(path, ["plan", "laptop", "--topology", "v5e:2x2", "--residual", NAME, *words, *small_run])
 
 
 def test_a_kind_that_is_not_registered_is_refused_with_those_that_are():
