@@ -40,7 +40,7 @@ def choose(
 
     # The TPU kernels for single tokens first bring all latents into rows that can be moved: too much for a token that is decoded.
     few = not pages and q_rope.shape[1] * selected.index.shape[-1] < latent.shape[1]
-    # On an H200 XLA goes back through pages as fast as the GPU kernel, which failed its test there once (docs/kernels_gpu.md).
+    # On an H200 XLA goes back through pages as fast as the GPU kernel, which failed its test there (docs/kernels_gpu.md).
     if name is None and {"tpu": few, "gpu": pages and backward}.get(target()[0]):
         name = "xla"
     return choose_of(FAMILY, name, interpret, None, limit=limit)
