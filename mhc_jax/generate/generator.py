@@ -167,7 +167,6 @@ class Generator:
 
     def _no_tokens(self, batch: int, context: int) -> Cache:
         """An empty cache, each part of it made where it belongs."""
-
         return jax.jit(lambda: Cache.empty(self.config.model, batch, context), out_shardings=self._split)()
 
     def _compile(self, cache: Cache, keys: Any, sampling: Sampling) -> Cache:
