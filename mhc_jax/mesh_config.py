@@ -24,7 +24,12 @@ class MeshConfig:
 
     @property
     def devices(self) -> int:
-        return self.data * self.fsdp * self.expert * self.context * self.tensor
+        return self.batch_parts * self.context * self.tensor
+
+    @property
+    def batch_parts(self) -> int:
+        """In how many parts the sequences of a batch are split."""
+        return self.data * self.fsdp * self.expert
 
 
 def check_mesh(config: "Config") -> None:
@@ -34,12 +39,11 @@ def check_mesh(config: "Config") -> None:
       UserError: names the two numbers that do not go together.
     """
     m, a, mesh = config.model, config.model.attention, config.mesh
-    shards = mesh.data * mesh.fsdp * mesh.expert
     for path, sequences in (
         ("train.batch_size / train.microbatches", config.train.batch_size // config.train.microbatches),
         ("train.eval_sequences", config.train.eval_sequences),
     ):
-        divides("mesh.data x mesh.fsdp x mesh.expert", shards, path, sequences)
+        divides("mesh.data x mesh.fsdp x mesh.expert", mesh.batch_parts, path, sequences)
     divides("mesh.fsdp", mesh.fsdp, "model.dim", m.dim)
     across = mesh.context * mesh.tensor
     divides("mesh.context x mesh.tensor", across, "data.seq_len", config.data.seq_len)

@@ -57,7 +57,6 @@ class Generator:
     def __init__(self, config: Config, network: Network, tokenizer: TextTokenizer):
         self.config, self.tokenizer = config, tokenizer
         self._mesh = make_mesh(config.mesh)
-        self._parts = config.mesh.data * config.mesh.fsdp * config.mesh.expert  # that a batch is split into
         # Taking modules apart costs more at every call than the call itself: programs are given a list of arrays.
         structure: Any
         self._arrays, structure = jax.tree.flatten(network)
@@ -99,15 +98,16 @@ class Generator:
         tokenizer = load_tokenizer(folder / TOKENIZER_FILE, saved.model.vocab_size)
         # Of the batch that was trained with nothing is kept that a mesh would have to divide.
         mesh = mesh or MeshConfig()
-        sequences = mesh.data * mesh.fsdp * mesh.expert
-        alone = {"train.init_from": None, "train.microbatches": 1, "train.batch_size": sequences, "train.eval_sequences": sequences}
-        config = override(dataclasses.replace(saved, mesh=MeshConfig()), alone | {f"mesh.{k}": v for k, v in vars(mesh).items()})
+        batch = {"train.microbatches": 1, "train.batch_size": mesh.batch_parts, "train.eval_sequences": mesh.batch_parts}
+        axes = {f"mesh.{axis}": size for axis, size in dataclasses.asdict(mesh).items()}
+        config = override(saved, {"train.init_from": None} | batch | axes)
         if on_host(config):
             config = override(config, {"model.engram.tables.placement": "device", "model.engram.tables.hot_rows": 0})
+        on = make_mesh(mesh)
         shapes = jax.tree.map(
             lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
             jax.eval_shape(lambda: initial_state(config)),
-            state_shardings(config, make_mesh(mesh), DECODING),
+            state_shardings(config, on, DECODING),
         )
         state, step, missing = parameters_of(folder, config, shapes)
         if missing:
@@ -118,7 +118,7 @@ class Generator:
             numbers = hash_numbers(artifact.multipliers, artifact.primes, artifact.offsets)
             assert state.memory is not None
             ngrams = Ngrams(state.memory.tables, numbers, jnp.asarray(artifact.lookup), jnp.asarray(artifact.pad))
-        with jax.set_mesh(make_mesh(mesh)):
+        with jax.set_mesh(on):
             return cls(config, network_of(state.model, state.router_bias, ngrams), tokenizer)
 
     def generate(
@@ -150,8 +150,9 @@ class Generator:
         context = self.config.data.seq_len if context is None else context
         ids = [list(map(int, own)) or [self.tokenizer.end_of_text] for own in self.tokenizer.encode(prompts)]
         max_tokens = _checked(ids, max_tokens, context, seed)
-        spare = -len(ids) % self._parts  # sequences that only fill up the batch
-        self._check_memory((len(ids) + spare) // self._parts, context)
+        parts = self.config.mesh.batch_parts
+        spare = -len(ids) % parts  # sequences that only fill up the batch
+        self._check_memory((len(ids) + spare) // parts, context)
         with jax.set_mesh(self._mesh):
             keys, cache = keys_of([*prompts, *[""] * spare], seed), self._no_tokens(len(ids) + spare, context)
             cache = self._compile(cache, keys, sampling)
