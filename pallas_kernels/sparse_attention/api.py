@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.case import Implementation
 from pallas_kernels.sparse_attention.choose import choose
-from pallas_kernels.sparse_attention.chunks import Plan, attend, plan_of
+from pallas_kernels.sparse_attention.chunks import attend, plan_of
 from pallas_kernels.sparse_attention.spec import Keys, SparseAttended, Weights
 from pallas_kernels.visible import PAGE, Selected, Span
 
@@ -48,21 +48,19 @@ def sparse_mla(
       scale: of the logits.
       query_chunk: the most queries that are worked on at once, rounded up to a multiple of PAGE with `pages`; in XLA memory may bound it
         further.
-      implementation: "tpu" (Pallas Mosaic TPU), "gpu" (Pallas Mosaic GPU), "xla" (any platform and shape), None for the faster of what the
-        platform has.
+      implementation: "tpu" (Pallas Mosaic TPU), "gpu" (Pallas Mosaic GPU), "xla" (any platform and shape), None for what the platform has.
       interpret: runs a kernel step by step on any platform, for tests.
 
     Raises:
       ValueError: a shape, a type or the platform does not fit; the message says what would.
     """
     _check(q_nope, q_rope, key_up, value_up, latent, selected, span, pages, query_chunk)
-
-    def plan(backward: bool) -> Plan:
-        way: dict[str, bool] = {"pages": pages, "backward": backward}
-        kernels = choose(q_rope, latent, key_up.shape[0], selected, implementation, interpret, **way)
-        return plan_of(kernels, q_rope, latent, selected.index.shape[-1], scale=scale, query_chunk=query_chunk, **way)
-
-    return attend(plan(False), plan(True), q_nope, q_rope, Weights(key_up, value_up), latent, Keys(*selected, *span))
+    kernels = choose(q_rope, latent, key_up.shape[0], selected, implementation, interpret, pages=pages)
+    plans = (
+        plan_of(kernels, q_rope, latent, selected.index.shape[-1], scale=scale, pages=pages, query_chunk=query_chunk, backward=backward)
+        for backward in (False, True)
+    )
+    return attend(*plans, q_nope, q_rope, Weights(key_up, value_up), latent, Keys(*selected, *span))
 
 
 def _check(

@@ -17,17 +17,9 @@ HEADS = 16  # the TPU kernels take multiples of it: a tile of bfloat16 rows
 
 
 def choose(
-    q_rope: jax.Array,
-    latent: jax.Array,
-    rank: int,
-    selected: Selected,
-    name: Implementation | None,
-    interpret: bool,
-    *,
-    pages: bool,
-    backward: bool,
+    q_rope: jax.Array, latent: jax.Array, rank: int, selected: Selected, name: Implementation | None, interpret: bool, *, pages: bool
 ) -> Kernels:
-    """The implementation of this name; without one, the platform's kernels where they fit the arrays and are faster, and XLA elsewhere.
+    """The implementation of this name; without one, the platform's kernels where the arrays fit them and XLA where they do not.
 
     Raises:
       ValueError: the name is unknown, or its kernels cannot run here or cannot take these arrays.
@@ -40,8 +32,7 @@ def choose(
 
     # The TPU kernels for single tokens first bring all latents into rows that can be moved: too much for a token that is decoded.
     few = not pages and q_rope.shape[1] * selected.index.shape[-1] < latent.shape[1]
-    # On an H200 XLA goes back through pages as fast as the GPU kernel, which failed its test there (docs/kernels_gpu.md).
-    if name is None and {"tpu": few, "gpu": pages and backward}.get(target()[0]):
+    if name is None and few and target()[0] == "tpu":
         name = "xla"
     return choose_of(FAMILY, name, interpret, None, limit=limit)
 

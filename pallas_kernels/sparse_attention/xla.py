@@ -160,7 +160,8 @@ def _added(total: Array, d_rows: Array, keys: _Gathered) -> Array:
     """`total` [B, T, K+R] with the rows' gradients added in a fixed order.
 
     CPU and TPU add in the order of the updates. A GPU adds in any order, so there one block of queries is added at a time: its keys differ
-    from each other, and those that are none are sent beyond the end, where they are dropped.
+    from each other, and those that are none are sent beyond the end, where they are dropped. The window of a short last page also covers
+    rows of the page before it, with zeros, which any order may add; but the windows are not apart then, and must not be called so.
     """
     batch, length, width = total.shape
     add = partial(
@@ -174,10 +175,11 @@ def _added(total: Array, d_rows: Array, keys: _Gathered) -> Array:
     used = keys.valid.any(axis=2).reshape(*keys.start.shape, keys.window).any(axis=-1)
     place = jnp.arange(used[:, 0].size, dtype=start.dtype).reshape(batch, 1, -1)
     start = jnp.where(used, start[..., 0], batch * length + place * keys.window)[..., None]
+    apart = length % keys.window == 0
 
     def block(i: Array, flat: Array) -> Array:
         one, gradient = (jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1) for x in (start, updates))
-        return add(flat, one, gradient, unique_indices=True, mode=GatherScatterMode.FILL_OR_DROP)
+        return add(flat, one, gradient, unique_indices=apart, mode=GatherScatterMode.FILL_OR_DROP)
 
     return jax.lax.fori_loop(0, start.shape[1], block, flat).reshape(total.shape)
 
