@@ -4,27 +4,27 @@ Device p of the P that share experts owns E / P of them, side by side, so that r
 that lie side by side. A round is one exchange into room of fixed size, a little more than balanced routing needs; what finds no room there
 follows in further rounds, which cost nothing while there are none. No visit is dropped, and the result does not depend on the room.
 
-    Padded   all-to-all of equal parts, filled up (CPU, GPU)
-    Ragged   each part as long as it is (TPU): a quarter fewer bytes, and one room for all peers together
+    Padded   all-to-all of equal parts, filled up (CPU, GPU); the receiver sorts by expert
+    Ragged   each part as long as it is (TPU): a quarter fewer bytes, one room for all peers, and rows arrive sorted
 
 The products are in experts.py.
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mhc_jax.nn.experts import Rows, collect, dispatch, routed_swiglu, spread, summed, visited
+from mhc_jax.nn.experts import Rows, collect, dispatch, no_gradient, routed_swiglu, spread, summed, swiglu_of_sorted, visited
 from mhc_jax.parallel.rules import Rules
 from mhc_jax.parallel.shards import STREAMS, axes_here, on_shards, shard_count
 
 ROOM = 1.25  # of what a device sends and gets where all experts are visited alike, in one round
+
+LANES = 128  # of a TPU's registers
 
 # Scopes by which a plan knows what even routing makes of arrays whose sizes are those of the room.
 FIRST_ROUND = "first_round"
@@ -68,154 +68,148 @@ class Peers(NamedTuple):
     number: int  # P
 
 
-class Trip(NamedTuple):
-    """One round there and back; R rows arrive."""
+class Padded(NamedTuple):
+    """A round takes as many visits to each peer, in the order of the visits; the rest of the room stays empty."""
 
-    experts: Int[Array, "R"]  # which of its own experts each row that arrived visits; E / P: none
-    there: Callable[[Float[Array, "T C"]], Float[Array, "R C"]]
-    weights: Callable[[Float[Array, "T k"]], Float[Array, "R"]]
-    back: Callable[[Float[Array, "R C"]], Float[Array, "T k C"]]  # zeros for visits that did not travel in this round
+    experts: Int[Array, "T k"]
+    turn: Int[Array, "visits"]  # of a visit among those to the same peer
 
-
-class Way:
-    """How the visits of this device travel."""
-
-    def __init__(self, experts: Int[Array, "T k"], owned: int, peers: Peers):
-        """Of visits to these experts, where every device owns `owned`."""
-        self.experts, self.owned, self.peers = experts, owned, peers
-
-    @property
-    def rounds(self) -> Int[Array, ""]:
-        """In how many rounds all visits of all devices are made."""
-        raise NotImplementedError
-
-    def trip(self, number: Int[Array, ""] | int) -> Trip:
-        """Round `number`, from 0."""
-        raise NotImplementedError
-
-
-class Padded(Way):
-    """R / P visits to each peer in a round, in the order of the visits."""
-
-    def __init__(self, experts: Int[Array, "T k"], owned: int, peers: Peers):
-        super().__init__(experts, owned, peers)
-        self.room = math.ceil(ROOM * experts.size / peers.number)
-        self.owner = experts.reshape(-1) // owned
-        order = jnp.argsort(self.owner, stable=True)
-        first = jnp.searchsorted(self.owner[order], jnp.arange(peers.number))
-        self.turn = jnp.argsort(order) - first[self.owner]  # among the visits to the same owner
-
-    @property
-    def rounds(self) -> Int[Array, ""]:
-        return _greatest(self.turn.max() // self.room + 1)
-
-    def trip(self, number: Int[Array, ""] | int) -> Trip:
-        every, room = self.peers.number * self.room, self.room
-        row = jnp.where(self.turn // room == number, self.owner * room + self.turn % room, every)
-        visit = jnp.full(every, row.size).at[row].set(jnp.arange(row.size), mode="drop")
-        slots = Rows(visit, row.reshape(self.experts.shape))
-        asked = (self.experts % self.owned).reshape(-1).at[visit].get(mode="fill", fill_value=self.owned)
-
-        def exchange(x: Any) -> Any:
-            return jax.lax.all_to_all(x, self.peers.axes, split_axis=0, concat_axis=0, tiled=True)
-
-        return Trip(
-            exchange(asked),
-            lambda x: exchange(dispatch(x, slots)),
-            lambda weights: exchange(spread(weights, slots)),
-            lambda y: collect(exchange(y), slots),
-        )
-
-
-class Ragged(Way):
-    """R visits from all peers together in a round, those of the first peer first."""
-
-    def __init__(self, experts: Int[Array, "T k"], owned: int, peers: Peers):
-        super().__init__(experts, owned, peers)
-        self.room = math.ceil(ROOM * experts.size)
+    @classmethod
+    def of(cls, experts: Int[Array, "T k"], owned: int, peers: Peers) -> "Padded":
+        """How visits to these experts travel, where every device owns `owned`."""
         owner = experts.reshape(-1) // owned
         order = jnp.argsort(owner, stable=True)
-        self.rows = Rows(order, jnp.argsort(order).reshape(experts.shape), order)
-        self.sent = jax.lax.all_gather(jnp.bincount(owner, length=peers.number), peers.axes)  # [from, to]
-        self.first = jnp.cumsum(self.sent, axis=1) - self.sent  # row of the first visit from one peer to another, at the sender
-        self.queue = jnp.cumsum(self.sent, axis=0) - self.sent  # how many visits stand before it at the receiver, over all rounds
+        first = jnp.searchsorted(owner[order], jnp.arange(peers.number))
+        return cls(experts, jnp.argsort(order) - first[owner])
 
-    @property
-    def rounds(self) -> Int[Array, ""]:
-        return _greatest(-(-self.sent.sum(axis=0).max() // self.room))
+    def rounds(self, peers: Peers) -> Int[Array, ""]:
+        """In how many rounds all visits of all devices are made."""
+        return _greatest(self.turn.max() // self._room(peers) + 1)
 
-    def trip(self, number: Int[Array, ""] | int) -> Trip:
-        begin, me = number * self.room, jax.lax.axis_index(self.peers.axes)
-        arrives = jnp.clip(self.queue - begin, 0, self.room)
-        count = jnp.clip(self.queue + self.sent - begin, 0, self.room) - arrives
-        leaves = self.first + jnp.clip(begin - self.queue, 0, self.sent)
+    def round(
+        self, number: Int[Array, ""] | int, x: Array, weights: Array, inner: Array, out: Array, peers: Peers
+    ) -> Float[Array, "T k C"]:
+        """What the visits of round `number`, from 0, bring; zeros for all others."""
+        room, owned = self._room(peers), inner.shape[0]
+        every, owner = peers.number * room, self.experts.reshape(-1) // owned
+        row = jnp.where(self.turn // room == number, owner * room + self.turn % room, every)
+        visit = jnp.full(every, row.size).at[row].set(jnp.arange(row.size), mode="drop")
+        slots = Rows(visit, row.reshape(self.experts.shape))
+        asked = (self.experts % owned).reshape(-1).at[visit].get(mode="fill", fill_value=owned)
 
-        def exchange(x: Any, length: int, away: bool, fill: int = 0) -> Any:
-            """From the senders' rows to the receivers' with `away`, else back; the other axis of each matrix is the peer."""
-            mine, theirs, sizes = (leaves, arrives, count) if away else (arrives.T, leaves.T, count.T)
-            result = jnp.full((length, *x.shape[1:]), fill, x.dtype)
-            to_peers = (a.astype(jnp.int32) for a in (mine[me], sizes[me], theirs[me], sizes[:, me]))
-            return jax.lax.ragged_all_to_all(x, result, *to_peers, axis_name=self.peers.axes)
+        def exchange(x: Any) -> Any:
+            return jax.lax.all_to_all(x, peers.axes, split_axis=0, concat_axis=0, tiled=True)
 
-        visits, asked = self.experts.size, (self.experts % self.owned).reshape(-1)[self.rows.visit_of_row]
-        return Trip(
-            exchange(asked, self.room, True, fill=self.owned),
-            lambda x: exchange(dispatch(x, self.rows), self.room, True),
-            lambda weights: exchange(spread(weights, self.rows), self.room, True),
-            lambda y: collect(exchange(y, visits, False), self.rows),
-        )
+        arrived, weight = exchange(dispatch(x, slots)), exchange(spread(weights, slots))
+        made = visited(arrived, exchange(asked)[:, None], weight[:, None], inner, out)[:, 0]
+        return collect(exchange(made), slots)
+
+    def _room(self, peers: Peers) -> int:
+        return math.ceil(ROOM * self.experts.size / peers.number)
+
+
+class Ragged(NamedTuple):
+    """A round takes what fits one room for all peers and experts; rows arrive sorted by expert, and lie so at their sender.
+
+    Every device knows how many visits each peer has for each expert, so no visit says what it is for, and none is sorted where it arrives:
+    the visits of one peer to one expert are a piece, and pieces go to their place. A weight travels as a row of its own, LANES times over:
+    what an exchange on a TPU makes of a single number, but nobody need take single numbers out of rows then, which its compiler does badly.
+    """
+
+    rows: Rows  # sorted by expert
+    sent: Int[Array, "P P owned"]  # visits from a peer to an expert of a peer
+
+    @classmethod
+    def of(cls, experts: Int[Array, "T k"], owned: int, peers: Peers) -> "Ragged":
+        """How visits to these experts travel, where every device owns `owned`."""
+        visits = experts.reshape(-1)
+        order = jnp.argsort(visits, stable=True)
+        every = jnp.arange(peers.number * owned, dtype=experts.dtype)
+        sent = jnp.sum(visits[:, None] == every[None], axis=0, dtype=jnp.int32).reshape(peers.number, owned)
+        return cls(Rows(order, jnp.argsort(order).reshape(experts.shape)), jax.lax.all_gather(sent, peers.axes))
+
+    def rounds(self, peers: Peers) -> Int[Array, ""]:
+        """In how many rounds all visits of all devices are made."""
+        return _greatest(-(-self.sent.sum(axis=(0, 2)).max() // self._room()))
+
+    def round(
+        self, number: Int[Array, ""] | int, x: Array, weights: Array, inner: Array, out: Array, peers: Peers
+    ) -> Float[Array, "T k C"]:
+        """What the visits of round `number`, from 0, bring; zeros for all others."""
+        begin, room, me = number * self._room(), self._room(), jax.lax.axis_index(peers.axes)
+        # Of each piece: its first row at its sender, and where it stands among all that its receiver gets, over all rounds.
+        first = _before(self.sent.reshape(peers.number, -1)).reshape(self.sent.shape)
+        by_receiver = self.sent.transpose(1, 2, 0)
+        queue = _before(by_receiver.reshape(peers.number, -1)).reshape(by_receiver.shape).transpose(2, 0, 1)
+        # Of each piece in this round: where it arrives, how much of it does, where that lies at its sender.
+        arrives = jnp.clip(queue - begin, 0, room)
+        count = jnp.clip(queue + self.sent - begin, 0, room) - arrives
+        leaves = first + jnp.clip(begin - queue, 0, self.sent)
+
+        def exchange(x: Any, length: int, *pieces: Array) -> Any:
+            """Of pieces by receiver: where they begin, their sizes, where they come to lie; of those that come, by sender: their sizes."""
+            nothing = jnp.zeros((length, *x.shape[1:]), x.dtype)
+            return jax.lax.ragged_all_to_all(x, nothing, *(p.reshape(-1).astype(jnp.int32) for p in pieces), axis_name=peers.axes)
+
+        def away(x: Any) -> Any:
+            return exchange(x, room, leaves[me], count[me], arrives[me], count[:, me])
+
+        one_each = jnp.broadcast_to(weights.reshape(-1, 1), (weights.size, LANES))
+        weight = away(dispatch(one_each, Rows(self.rows.visit_of_row, self.rows.row_of_visit.reshape(-1, 1))))[:, :1]
+        made = swiglu_of_sorted(away(dispatch(x, self.rows)), weight, count[:, me].sum(axis=0), inner, out)
+        return collect(exchange(made, weights.size, arrives[:, me], count[:, me], leaves[:, me], count[me]), self.rows)
+
+    def _room(self) -> int:
+        return math.ceil(ROOM * self.rows.row_of_visit.size)
+
+
+def _before(sizes: Int[Array, "P pieces"]) -> Int[Array, "P pieces"]:
+    """The sum of all sizes that stand before each in its row."""
+    return jnp.cumsum(sizes, axis=1) - sizes
 
 
 def exchanged(
-    x: Float[Array, "T C"], experts: Array, weights: Array, inner: Array, out: Array, *, peers: Peers, way: type[Way]
+    x: Float[Array, "T C"], experts: Array, weights: Array, inner: Array, out: Array, *, peers: Peers, way: type[Padded | Ragged]
 ) -> Float[Array, "T C"]:
     """`routed_swiglu` for this device's tokens, with this device's experts alone; called by all peers together."""
+    travels = way.of(experts, inner.shape[0], peers)
     # The first round is written plainly, so that its results may be kept for the backward pass; the others are made again there.
     with jax.named_scope(FIRST_ROUND):
-        brought = _one_round(x, weights, inner, out, way(experts, inner.shape[0], peers), 0)
-    return summed(brought + _further_rounds(x, weights, inner, out, experts, peers, way), weights.dtype)
+        brought = travels.round(0, x, weights, inner, out, peers)
+    return summed(brought + _further_rounds(x, weights, inner, out, travels, peers), weights.dtype)
 
 
-def _one_round(x: Array, weights: Array, inner: Array, out: Array, travels: Way, number: Array | int) -> Float[Array, "T k C"]:
-    trip = travels.trip(number)
-    return trip.back(visited(trip.there(x), trip.experts[:, None], trip.weights(weights)[:, None], inner, out)[:, 0])
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _further_rounds(
-    x: Array, weights: Array, inner: Array, out: Array, experts: Array, peers: Peers, way: type[Way]
-) -> Float[Array, "T k C"]:
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _further_rounds(x: Array, weights: Array, inner: Array, out: Array, travels: Padded | Ragged, peers: Peers) -> Float[Array, "T k C"]:
     """What the visits bring that had no room in the first round."""
-    travels = way(experts, inner.shape[0], peers)
-    last = travels.rounds
+    last = travels.rounds(peers)
 
     def one_more(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         number, brought = carry
-        return number + 1, brought + _one_round(x, weights, inner, out, travels, number)
+        return number + 1, brought + travels.round(number, x, weights, inner, out, peers)
 
-    nothing = jnp.zeros((*experts.shape, x.shape[1]), x.dtype)
+    nothing = jnp.zeros((*weights.shape, x.shape[1]), x.dtype)
     with jax.named_scope(FURTHER_ROUNDS):
         return jax.lax.while_loop(lambda carry: carry[0] < last, one_more, (jnp.ones_like(last), nothing))[1]
 
 
-def _further_rounds_fwd(x, weights, inner, out, experts, peers, way):
-    return _further_rounds(x, weights, inner, out, experts, peers, way), (x, weights, inner, out, experts)
+def _further_rounds_fwd(x, weights, inner, out, travels, peers):
+    return _further_rounds(x, weights, inner, out, travels, peers), (x, weights, inner, out, travels)
 
 
-def _further_rounds_bwd(peers, way, saved, g):
-    *learnt, experts = saved
-    travels = way(experts, learnt[2].shape[0], peers)
-    last = travels.rounds
+def _further_rounds_bwd(peers, saved, g):
+    *learnt, travels = saved
+    last = travels.rounds(peers)
 
     def one_more(carry):
         number, sums = carry
-        _, pull = jax.vjp(lambda x, weights, inner, out: _one_round(x, weights, inner, out, travels, number), *learnt)
+        _, pull = jax.vjp(lambda *learnt: travels.round(number, *learnt, peers), *learnt)
         return number + 1, jax.tree.map(jnp.add, sums, pull(g))
 
     nothing = tuple(map(jnp.zeros_like, learnt))
     with jax.named_scope(FURTHER_ROUNDS):
         _, sums = jax.lax.while_loop(lambda carry: carry[0] < last, one_more, (jnp.ones_like(last), nothing))
-    return *sums, np.zeros(experts.shape, jax.dtypes.float0)
+    return *sums, no_gradient(travels)
 
 
 _further_rounds.defvjp(_further_rounds_fwd, _further_rounds_bwd)

@@ -10,7 +10,7 @@ A few visits, as in decoding, are multiplied one by one on a CPU: most of their 
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,17 @@ def visited(
     return jax.lax.platform_dependent(x, experts, weights, inner, out, **layouts)
 
 
+def swiglu_of_sorted(
+    x: Float[Array, "R C"],
+    weights: Float[Array, "R 1"],
+    rows_of_expert: Int[Array, "E"],
+    inner: Float[Array, "E C gate_up"],
+    out: Float[Array, "E gate_up//2 C"],
+) -> Float[Array, "R C"]:
+    """weight * SwiGLU_expert(x) of rows that lie sorted by expert, back to back; zeros behind the last expert's."""
+    return _swiglu(x, weights, inner, out, _grouped(rows_of_expert))
+
+
 class Rows(NamedTuple):
     """Where each visit (token t, its j-th expert) lies among R rows; visits are numbered t * k + j."""
 
@@ -58,10 +69,22 @@ class Rows(NamedTuple):
 
 def _visited(x, experts, weights, inner, out, *, layout):
     rows, multiply = layout(experts, inner.shape[0])
-    hidden = gated(multiply(dispatch(x, rows), inner.astype(x.dtype)))
+    return collect(_swiglu(dispatch(x, rows), spread(weights, rows)[:, None], inner, out, multiply), rows)
+
+
+def _swiglu(x, weights, inner, out, multiply):
+    hidden = gated(multiply(x, inner.astype(x.dtype)))
     # Weighted before the second product and not after it: so no gradient needs what that product gave, kept or made again.
-    weighted = (spread(weights, rows)[:, None] * hidden).astype(x.dtype)
-    return collect(multiply(weighted, out.astype(x.dtype)), rows)
+    return multiply((weights * hidden).astype(x.dtype), out.astype(x.dtype))
+
+
+def _grouped(rows_of_expert: Int[Array, "E"]):
+    """The product of rows that lie back to back with their experts' matrices."""
+
+    def multiply(x: Float[Array, "R I"], w: Float[Array, "E I O"]) -> Float[Array, "R O"]:
+        return grouped_matmul(x, w, rows_of_expert.astype(jnp.int32))
+
+    return multiply
 
 
 def _routed(x, experts, weights, inner, out, *, layout):
@@ -89,12 +112,7 @@ def ragged(experts: Int[Array, "T k"], num_experts: int):
     in_order, order = jax.lax.sort((flat, jnp.arange(flat.size)), num_keys=1, is_stable=True)
     visit_of_row = jnp.where(in_order < num_experts, order, flat.size)
     row_of_visit = jnp.where(flat < num_experts, jnp.argsort(order), flat.size)
-    rows_of_expert = jnp.bincount(flat, length=num_experts).astype(jnp.int32)
-
-    def multiply(x: Float[Array, "R I"], w: Float[Array, "E I O"]) -> Float[Array, "R O"]:
-        return grouped_matmul(x, w, rows_of_expert)
-
-    return Rows(visit_of_row, row_of_visit.reshape(experts.shape), order), multiply
+    return Rows(visit_of_row, row_of_visit.reshape(experts.shape), order), _grouped(jnp.bincount(flat, length=num_experts))
 
 
 def blocked(experts: Int[Array, "T k"], num_experts: int, block: int = BLOCK):
@@ -154,7 +172,7 @@ def _dispatch_fwd(x, rows):
 
 
 def _dispatch_bwd(rows, g):
-    return _rows_of(g, rows.row_of_visit).sum(axis=1), _no_gradient(rows)
+    return _rows_of(g, rows.row_of_visit).sum(axis=1), no_gradient(rows)
 
 
 dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
@@ -172,7 +190,7 @@ def _collect_fwd(y, rows):
 
 def _collect_bwd(rows, g):
     flat = g.reshape(-1, g.shape[-1])
-    return _rows_of(flat, rows.visit_of_row), _no_gradient(rows)
+    return _rows_of(flat, rows.visit_of_row), no_gradient(rows)
 
 
 collect.defvjp(_collect_fwd, _collect_bwd)
@@ -195,9 +213,9 @@ def _spread_fwd(values, rows):
 
 def _spread_bwd(rows, g):
     if rows.order is None:
-        return _rows_of(g[:, None], rows.row_of_visit)[..., 0], _no_gradient(rows)
+        return _rows_of(g[:, None], rows.row_of_visit)[..., 0], no_gradient(rows)
     _, by_visit = jax.lax.sort((rows.order, jnp.where(rows.visit_of_row < g.size, g, 0)), num_keys=1)
-    return by_visit.reshape(rows.row_of_visit.shape), _no_gradient(rows)
+    return by_visit.reshape(rows.row_of_visit.shape), no_gradient(rows)
 
 
 spread.defvjp(_spread_fwd, _spread_bwd)
@@ -207,5 +225,6 @@ def _rows_of(x: Float[Array, "N C"], rows: Int[Array, "*shape"]) -> Float[Array,
     return x.at[rows].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
-def _no_gradient(rows: Rows) -> Rows:
-    return jax.tree.map(lambda index: np.zeros(index.shape, jax.dtypes.float0), rows)
+def no_gradient(indices: Any) -> Any:
+    """What the backward pass returns for a tree of numbers of rows."""
+    return jax.tree.map(lambda index: np.zeros(index.shape, jax.dtypes.float0), indices)

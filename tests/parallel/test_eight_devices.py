@@ -123,11 +123,11 @@ def ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets
     given = (operand, input_offsets, send_sizes, output_offsets)
     operands, starts, sizes, places = (jax.lax.all_gather(a, axis_name) for a in given)
     me, row = jax.lax.axis_index(axis_name), jnp.arange(len(output))
-    for peer in range(len(operands)):
-        start, size, place = starts[peer, me], sizes[peer, me], places[peer, me]
+    pieces = len(recv_sizes) // len(operands)  # from each device to each
+    for peer, piece in np.ndindex(len(operands), pieces):
+        start, size, place = (of_all[peer, me * pieces + piece] for of_all in (starts, sizes, places))
         came = operands[peer].at[row - place + start].get(mode="clip")
-        if jnp.issubdtype(came.dtype, jnp.floating):
-            came = jnp.where(size == recv_sizes[peer], came, jnp.nan)
+        came = jnp.where(size == recv_sizes[peer * pieces + piece], came, jnp.nan)
         here = ((row >= place) & (row < place + size)).reshape(-1, *(1,) * (output.ndim - 1))
         output = jnp.where(here, came, output)
     return output
