@@ -1,4 +1,4 @@
-"""Rows times rows, summed group by group: one program for 128 times up to 256 entries of a group's matrix, past which its rows come, 64 at a time.
+"""Rows times rows, summed by group: one program for 128 by up to 256 numbers of a group's matrix, past which its rows come, 64 at a time.
 
 Tiles of rows begin at multiples of 64 whatever the group, so the first and the last may hold rows of others: these are set to zero where
 they arrived, in the left operand.

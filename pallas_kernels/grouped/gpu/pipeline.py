@@ -40,7 +40,7 @@ def summed(
 ) -> Array:
     """float32 [64, columns]: the sum of the products of steps[1] steps from step steps[0] on.
 
-    operands(step, slot) -> the left [64, DEPTH] and the right one [DEPTH, columns], each the other way round in memory where `turned` says so.
+    operands(step, slot) gives the left one [64, DEPTH] and the right one [DEPTH, columns], each the other way round where `turned` says so.
     """
     begin, number = steps
 
