@@ -2,6 +2,7 @@
 
 xla          `jax.lax.ragged_dot`, for any size and platform
 tpu          kernels for both directions
+gpu          the same for Hopper
 choose       which implementation runs
 api          what a user calls
 

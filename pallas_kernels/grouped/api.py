@@ -23,7 +23,8 @@ def grouped_matmul(x: Array, w: Array, sizes: Array, *, implementation: Implemen
       x: [R, I], bfloat16 or float32 (in XLA any float type).
       w: [E, I, O], of x's type.
       sizes: [E] int32, rows of each group; their sum is at most R.
-      implementation: "tpu" (Pallas Mosaic TPU), "xla" (any platform and size), or None for what the platform has.
+      implementation: "tpu" (Pallas Mosaic TPU), "gpu" (Pallas Mosaic GPU), "xla" (any platform and size), or None for what the platform
+        has.
       interpret: runs a kernel step by step on any platform, for tests.
 
     Returns:

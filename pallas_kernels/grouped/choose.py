@@ -1,5 +1,7 @@
 """Which implementation of grouped products runs. What all families have in common stands in `pallas_kernels.choose`."""
 
+import importlib
+
 import jax
 
 from pallas_kernels.case import Implementation
@@ -17,8 +19,8 @@ def choose(x: jax.Array, w: jax.Array, name: Implementation | None, interpret: b
     """
 
     def limit(name: str) -> str | None:
-        if name != "tpu":
-            return f"grouped products have no kernels for {name.upper()}"
+        if name == "gpu":
+            return importlib.import_module(f"pallas_kernels.{FAMILY}.gpu").misfit(x, w)
         if any(size % LANES for size in (*x.shape, *w.shape[1:])):
             return f"R, I and O are {x.shape[0]}, {w.shape[1]} and {w.shape[2]}; the kernels need multiples of {LANES}"
         return None
