@@ -1,7 +1,10 @@
 """Collectives of a compiled module: what they move between which devices, and how long that takes on a torus of chips.
 
 The devices of a group span some axes of the torus. An axis that closes to a ring and is spanned in full gives two links, any other one. All
-spanned axes carry at once; the devices of a chip share its links evenly. With g devices, and W bytes a second over those links for one:
+spanned axes carry at once; the devices of a chip share its links evenly. Where both are in the group, what is gathered or summed crosses the
+links once for both: that is how the compiler lays its rings for a TPU7x, over chips, with "partner transfers outside the ring" between the
+two devices of one. These go over an interface six times as fast as a link (docs.cloud.google.com/tpu/docs/tpu7x) and are not counted.
+With g devices or chips, and W bytes a second over those links for one:
 
     all-gather, reduce-scatter   (g - 1) / g of the whole array over W
     all-reduce                   both, one after the other
@@ -50,8 +53,8 @@ def collective_in(step: Instruction, module: Module) -> Instruction | None:
     """The collective that an instruction is, or that the computation it calls holds; None if there is none."""
     if _kind(step.opcode):
         return step
-    if step.opcode in ("fusion", "async-start", "custom-call"):
-        for name in step.called("calls"):
+    if step.opcode in ("fusion", "async-start", "custom-call", "call-start"):
+        for name in step.called("to_apply" if step.opcode == "call-start" else "calls"):
             for inner in module.computations.get(name, ()):
                 if _kind(inner.opcode):
                     return inner
@@ -98,13 +101,15 @@ def cost_of(
     rate = links * topology.kind.link_bytes_per_second / topology.kind.devices_per_chip
     latency = hops * HOP_SECONDS
     moved = whole * (count - 1) // count
+    chips = len({coordinates[device][: len(topology.shape)] for device in group})
+    crossing = whole * (chips - 1) / count  # a device's share of what its chip receives
     if kind == "permute":
         return Collective(kind, whole, whole / (rate / links) + HOP_SECONDS)
     if kind == "all-to-all":
         per_axis = rate / max(1, sum(1 for _ in longest))
         return Collective(kind, moved, max(longest, default=1) * whole / (4 * per_axis) + latency)
     times = 2 if kind == "all-reduce" else 1
-    return Collective(kind, times * moved, times * (moved / rate + latency))
+    return Collective(kind, times * moved, times * (crossing / rate + latency))
 
 
 def group_of(attributes: str, partitions: int) -> list[int]:

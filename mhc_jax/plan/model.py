@@ -111,7 +111,7 @@ class _Schedule:
 
     def _run(self, name: str) -> StepTime:
         total, steps = StepTime(), self.module.instructions[name]
-        channels = {"copy": 0.0, "collective": 0.0}
+        channels = {"copy": 0.0, "collective": 0.0, "sparse core": 0.0}
         arrivals: dict[str, tuple[float, int]] = {}  # of what has been started: when it is there, and its place among the operations
 
         def started(step: Instruction, channel: str, operation: Operation) -> None:
@@ -144,7 +144,7 @@ class _Schedule:
             elif inner is not None:
                 moved = cost_of(inner, step, self.module, self.topology, self.coordinates)
                 operation = self.of_collective(step, name, moved)
-                started(step, "collective", operation)
+                started(step, "sparse core" if step.opcode == "call-start" else "collective", operation)
                 if not (step.opcode.endswith("-start") or step.name.startswith("async-collective-start")):
                     arrival, place = arrivals.pop(step.name)
                     total.operations[place] = replace(operation, waited=arrival - total.seconds)
@@ -152,13 +152,20 @@ class _Schedule:
                 if step.opcode == "fusion" and not step.name.startswith("async-collective"):
                     self.step(step, name, total)  # what is fused with it
             elif step.opcode.endswith("-start"):
-                size = sum(sorted(size for size, space in step.arrays if space != 2 and size > 4)[:1])
-                seconds = size * _hbm_ends(step) / self.chip.hbm_bytes_per_second
-                part = part_of(step, name, self.module)
-                started(step, "copy", Operation(step.name, part, "copy", 1, seconds, 0.0, size * _hbm_ends(step), 0.0))
+                moved_bytes = self.copied(step)
+                seconds, part = moved_bytes / self.chip.hbm_bytes_per_second, part_of(step, name, self.module)
+                started(step, "copy", Operation(step.name, part, "copy", 1, seconds, 0.0, moved_bytes, 0.0))
             else:
                 self.step(step, name, total)
         return total
+
+    def copied(self, start: Instruction) -> int:
+        """Bytes to and from HBM of what runs beside the core: a copy, or what a sparse core gathers or lays out anew."""
+        if start.opcode == "call-start":
+            root = next(step for step in self.module.computations[start.called("to_apply")[0]] if step.root)
+            return 2 * _in_hbm(root)
+        size = sum(sorted(size for size, space in start.arrays if space != 2 and size > 4)[:1])
+        return size * _hbm_ends(start)
 
     def of_collective(self, step: Instruction, computation: str, moved: Collective) -> Operation:
         part = part_of(step, computation, self.module)

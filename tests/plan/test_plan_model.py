@@ -146,6 +146,54 @@ def test_collective_kinds_cost_what_the_model_says():
     assert (alone.bytes, alone.seconds) == (0, 0.0)
 
 
+def test_what_sparse_cores_do_runs_beside_the_core():
+    """On TPU7x they gather, sum and exchange, and lay arrays out anew: calls that are started and waited for."""
+    text = HLO.replace(
+        "%copied =",
+        """%cast = ((bf16[1024,4096]{1,0}, token[]), bf16[4096,4096]{1,0}) call-start(%y), async_execution_thread="sparsecore", to_apply=%sc
+  %laid = ((bf16[4096,4096]{1,0}), bf16[4096,4096]{0,1}) call-start(%y), async_execution_thread="sparsecore", to_apply=%formatting
+  %copied =""",
+    ).replace(
+        "ENTRY",
+        """%sc (q: bf16[1024,4096]) -> bf16[4096,4096] {
+  %q = bf16[1024,4096]{1,0} parameter(0)
+  ROOT %got = bf16[4096,4096]{1,0} all-gather(%q), replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+%formatting (q: bf16[4096,4096]) -> bf16[4096,4096] {
+  %q = bf16[4096,4096]{1,0} parameter(0)
+  ROOT %turned = bf16[4096,4096]{0,1} copy(%q)
+}
+
+ENTRY""",
+    )
+    topology = parse("v5e:4x4")
+    found = {operation.name: operation for operation in model_step(parse_module(text), {}, topology, SQUARE).operations}
+    assert found["cast"].kind == "all-gather" and found["cast"].ici_bytes == SIZE * 3 // 4
+    assert found["laid"].kind == "copy" and found["laid"].hbm_bytes == 2 * SIZE
+    assert found["cast"].waited == found["laid"].waited == 0  # nothing waits for them here
+    # A small collective of the core itself does not stand in line behind a large one of a sparse core.
+    assert found["start"].waited == pytest.approx(found["start"].seconds - found["copied"].seconds)
+
+
+def test_what_both_devices_of_a_chip_gather_crosses_its_links_once():
+    topology = parse("tpu7x:4x4x4")
+    chips = [(x, 0, 0) for x in range(4)]
+    text = (
+        "ENTRY %m (x: f32[8]) -> f32[8] {{\n  ROOT %r = bf16[4000000]{{0}} all-gather(%x), replica_groups={{{{{}}}}}, dimensions={{0}}\n}}"
+    )
+
+    def seconds(group: str, coordinates: list[tuple[int, ...]]) -> float:
+        module = parse_module(text.format(group))
+        (step,) = module.instructions["m"].values()
+        return cost_of(step, step, module, topology, tuple(coordinates)).seconds - 2e-6  # two hops
+
+    links = 2 * topology.kind.link_bytes_per_second  # a ring of four chips
+    # Four devices, one a chip: what they receive passes links that another group of four shares. Eight, two a chip: once for both.
+    assert seconds("0,1,2,3", chips) == pytest.approx(8e6 * 3 / 4 / (links / 2))
+    assert seconds("0,1,2,3,4,5,6,7", [chip for chip in chips for _ in range(2)]) == pytest.approx(8e6 * 3 / 4 / links)
+
+
 def test_batched_products_count_what_meets_data():
     text = """ENTRY %m (x: f32[8]) -> f32[8] {
   %a = bf16[8,2048,256]{2,1,0} parameter(0)
