@@ -1,9 +1,9 @@
 """Collectives of a compiled module: what they move between which devices, and how long that takes on a torus of chips.
 
 The devices of a group span some axes of the torus. An axis that closes to a ring and is spanned in full gives two links, any other one. All
-spanned axes carry at once; the devices of a chip share its links evenly. Where both are in the group, what is gathered or summed crosses the
-links once for both: that is how the compiler lays its rings for a TPU7x, over chips, with "partner transfers outside the ring" between the
-two devices of one. These go over an interface six times as fast as a link (docs.cloud.google.com/tpu/docs/tpu7x) and are not counted.
+spanned axes carry at once; the devices of a chip share its links evenly. Where both are in the group, what is gathered or summed crosses
+the links once for both: the compiler lays its rings over chips of TPU7x, with "partner transfers outside the ring" between the two devices
+of one. Their interface is six times as fast as a link (docs.cloud.google.com/tpu/docs/tpu7x), and is not counted.
 With g devices or chips, and W bytes a second over those links for one:
 
     all-gather, reduce-scatter   (g - 1) / g of the whole array over W
