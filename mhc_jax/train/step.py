@@ -34,6 +34,16 @@ from mhc_jax.train.stages import clip, only_indexer
 
 Batch = dict[str, Int[Array, "B S *more"]]
 
+# The TPU compiler leaves most collectives where their results are needed; with these, which MaxText's recipes use too, they run beside
+# products that do not need them (docs/plan.md).
+BESIDE_COMPUTING = {
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+}
+
 
 class TrainState(NamedTuple):
     """Everything that a step changes."""
@@ -258,7 +268,9 @@ def compile_train_step(
     step = jax.jit(
         partial(function, config=config, rules=rules), donate_argnums=0, out_shardings=(where, *(None,) * (1 if host is None else 2))
     )
-    compiled = step.lower(*arguments).compile()
+    devices = where.step.device_set
+    beside = BESIDE_COMPUTING if len(devices) > 1 and all(device.platform == "tpu" for device in devices) else None
+    compiled = step.lower(*arguments).compile(compiler_options=beside)
     memory = compiled.memory_analysis()
     if memory is None:
         return compiled, None

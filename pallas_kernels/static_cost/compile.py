@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.static_cost.chips import chip_of
 
@@ -59,7 +59,7 @@ def lower_for(topology: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> j
         chip = chip_of(topology)
         kind, cores, platform, lowering = chip.device_kind, chip.cores, "tpu", "tpu"
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=cores, platform=platform)
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)):
         return jax.jit(fn).trace(*args).lower(lowering_platforms=(lowering,))
 
 
@@ -70,7 +70,7 @@ def device_mesh(topology: str, args: tuple[Any, ...]) -> Mesh:
     if len(meshes) > 1:
         raise ValueError(f"the arguments name {len(meshes)} meshes; they must share one")
     if not meshes:
-        return Mesh(devices[:1], ("x",))
+        return Mesh(devices[:1], ("x",), axis_types=(AxisType.Auto,))
     (mesh,) = meshes
     if mesh.size > len(devices):
         raise ValueError(f"the arguments are laid out over {mesh.size} devices; {topology} has {len(devices)}")
