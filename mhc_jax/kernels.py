@@ -84,6 +84,9 @@ def run_kernels(filters: Sequence[str], topologies: Sequence[str], json_file: Pa
     if targets:
         _check(targets)
         progress(_line(COLUMNS))
+        for reason in dict.fromkeys(case.unscheduled for _, case in chosen if case.unscheduled):
+            names = ", ".join(dict.fromkeys(case.kernel for _, case in chosen if case.unscheduled == reason))
+            progress(f"  {names}: measured on an accelerator only; {reason}")
     for row in _model(chosen, targets):
         progress(_line(_modelled_cells(row)))
         for name, part in (("kernel", row.kernel), ("XLA path", row.xla)):
@@ -138,7 +141,7 @@ def _choose(filters: Sequence[str]) -> list[tuple[str, Case]]:
 
 def _model(chosen: Sequence[tuple[str, Case]], topologies: Sequence[str]) -> Iterator[Modelled]:
     for topology in topologies:
-        for family, case in chosen:
+        for family, case in ((family, case) for family, case in chosen if not case.unscheduled):
             peers = [name for name in case.peers if importlib.util.find_spec(name)]
             costs = {name: _cost(family, case, name, topology) for name in ("tpu", "xla", *peers)}
             yield Modelled(family, case, topology, costs.pop("tpu"), costs.pop("xla"), costs)

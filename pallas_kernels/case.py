@@ -40,6 +40,8 @@ class Case:
     # What kernels do only where the data is unusual: "a tile with anything not finite is mixed again". The modelled time then leaves
     # out code under conditions on data, and says so; by default it is charged as if such conditions always held.
     rare: str = ""
+    # Why no schedule tells what it costs: "how long the walk is, is data". It is measured where it can be, and not modelled.
+    unscheduled: str = ""
     # The same work done by other libraries, by the name of their package, with arguments of their own: compared with where installed.
     peers: Mapping[str, Callable[[], Program]] = field(default_factory=dict)
     # Makes a function that does the same work in PyTorch on the GPU that is here, to be timed beside it.

@@ -57,6 +57,13 @@ def test_the_table_holds_both_paths(engine, capsys):
     }
 
 
+def test_what_no_schedule_tells_is_not_modelled_and_the_reason_is_said(engine, monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "families", lambda: {"toy": [case(), case("t16", unscheduled="the walk is data")]})
+    assert cli.main(["kernels"]) == 0
+    _, said, row = capsys.readouterr().out.splitlines()
+    assert said == "  double: measured on an accelerator only; the walk is data" and "t8" in row
+
+
 def test_topologies_and_json(engine, capsys, tmp_path):
     assert cli.main(["kernels", "toy/", "--topology", "v6e:2x2", "v5p:2x2x1", "--json", str(tmp_path / "k.json")]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1 + 2 * 2

@@ -5,8 +5,7 @@ tpu          kernels for both directions
 gpu          the same for Hopper
 choose       which implementation runs
 api          what a user calls
-
-It lists no cases: what its kernels do depends on how many rows each group has, so no schedule tells their cost (docs/kernels_grouped.md).
+cases        real shapes, measured only: what the kernels do depends on how many rows each group has
 """
 
 from pallas_kernels.grouped.api import grouped_matmul

@@ -9,6 +9,7 @@ import pytest
 from hopper import INTERPRET, on_hopper
 
 from pallas_kernels.grouped import gpu, grouped_matmul
+from pallas_kernels.grouped.cases import cases
 from pallas_kernels.grouped.gpu.walk import TILE, walk
 from pallas_kernels.static_cost import compile_for, lower_for
 
@@ -79,28 +80,23 @@ def test_every_row_of_a_group_is_visited_once():
         assert np.array_equal(group_of_row, np.concatenate([np.repeat(np.arange(6), sizes), np.full(1024 - sizes.sum(), -1)]))
 
 
-def arguments():
-    """The first product of the experts of the mHC paper's 3B model (arXiv 2512.24880, Table 5), for 16,384 tokens."""
-    rows, groups, width, out = 16384 * 6, 64, 1280, 2 * 896
-    shapes = (rows, width), (groups, width, out), (rows, out)
-    return *(jax.ShapeDtypeStruct(shape, BF16) for shape in shapes), jax.ShapeDtypeStruct((groups,), jnp.int32)
-
-
-def both_ways(x, w, g, sizes):
-    made, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes), x, w)
-    return made, pull(g)
-
-
-def test_the_published_size_lowers_to_three_kernels():
-    assert lower_for("H100", both_ways, arguments()).as_text().count("@mosaic_gpu") == 3
+@pytest.mark.parametrize("case", cases(), ids=lambda case: f"{case.direction} {case.kernel} {case.name}")
+def test_real_shapes_lower_to_a_kernel_and_their_groups_hold_all_rows(case):
+    fn, args = case.build("gpu")
+    lowered = lower_for("H100", fn, args)
+    assert lowered.as_text().count("@mosaic_gpu") == 1
+    assert int(case.values(args)[-1].sum()) == args[0].shape[0]
+    plain, _ = case.build("xla")
+    assert lowered.out_info.shape == jax.eval_shape(plain, *args).shape
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs JAX's CUDA plugin")
-@pytest.mark.parametrize("chip", ["H100", "H200"])
-def test_the_published_size_compiles_and_needs_no_memory_but_its_results(chip):
+@pytest.mark.parametrize("case", cases()[:3], ids=lambda case: f"{case.direction} {case.kernel}")
+def test_a_real_shape_compiles_and_needs_no_memory_but_its_result(case):
     """XLA's product would write every row once for each group."""
-    assert compile_for(chip, both_ways, arguments()).memory_analysis().temp_size_in_bytes < 1 << 20
+    for chip in ("H100", "H200"):
+        assert compile_for(chip, *case.build("gpu")).memory_analysis().temp_size_in_bytes < 1 << 20
 
 
 @pytest.mark.parametrize(
