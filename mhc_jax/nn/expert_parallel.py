@@ -11,6 +11,7 @@ The products are in experts.py.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -172,47 +173,51 @@ def exchanged(
     x: Float[Array, "T C"], experts: Array, weights: Array, inner: Array, out: Array, *, peers: Peers, way: type[Padded | Ragged]
 ) -> Float[Array, "T C"]:
     """`routed_swiglu` for this device's tokens, with this device's experts alone; called by all peers together."""
-    travels = way.of(experts, inner.shape[0], peers)
-    # The first round is written plainly, so that its results may be kept for the backward pass; the others are made again there.
-    with jax.named_scope(FIRST_ROUND):
-        brought = travels.round(0, x, weights, inner, out, peers)
-    return summed(brought + _further_rounds(x, weights, inner, out, travels, peers), weights.dtype)
+    return summed(_in_rounds(x, weights, inner, out, way.of(experts, inner.shape[0], peers), peers), weights.dtype)
+
+
+# What the first round needs again may be kept for the backward pass; the others are made again there. Both ways the others stand under a
+# condition, with their sums: else all that does not depend on a round's number would be made, and zeros added, where there is none.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _further_rounds(x: Array, weights: Array, inner: Array, out: Array, travels: Padded | Ragged, peers: Peers) -> Float[Array, "T k C"]:
-    """What the visits bring that had no room in the first round."""
-    last = travels.rounds(peers)
-
-    def one_more(carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        number, brought = carry
-        return number + 1, brought + travels.round(number, x, weights, inner, out, peers)
-
-    nothing = jnp.zeros((*weights.shape, x.shape[1]), x.dtype)
-    with jax.named_scope(FURTHER_ROUNDS):
-        return jax.lax.while_loop(lambda carry: carry[0] < last, one_more, (jnp.ones_like(last), nothing))[1]
+def _in_rounds(x: Array, weights: Array, inner: Array, out: Array, travels: Padded | Ragged, peers: Peers) -> Float[Array, "T k C"]:
+    """What all visits bring."""
+    return _in_rounds_fwd(x, weights, inner, out, travels, peers)[0]
 
 
-def _further_rounds_fwd(x, weights, inner, out, travels, peers):
-    return _further_rounds(x, weights, inner, out, travels, peers), (x, weights, inner, out, travels)
+def _in_rounds_fwd(x, weights, inner, out, travels, peers):
+    learnt = x, weights, inner, out
+    with jax.named_scope(FIRST_ROUND):
+        brought, pull = jax.vjp(lambda *learnt: travels.round(0, *learnt, peers), *learnt)
+
+    def one_more(number, brought):
+        return brought + travels.round(number, *learnt, peers)
+
+    return _further_rounds(travels.rounds(peers), one_more, brought), (learnt, travels, pull)
 
 
-def _further_rounds_bwd(peers, saved, g):
-    *learnt, travels = saved
-    last = travels.rounds(peers)
+def _in_rounds_bwd(peers, saved, g):
+    learnt, travels, pull = saved
 
-    def one_more(carry):
-        number, sums = carry
+    def one_more(number, sums):
         _, pull = jax.vjp(lambda *learnt: travels.round(number, *learnt, peers), *learnt)
-        return number + 1, jax.tree.map(jnp.add, sums, pull(g))
+        return jax.tree.map(jnp.add, sums, pull(g))
 
-    nothing = tuple(map(jnp.zeros_like, learnt))
+    return *_further_rounds(travels.rounds(peers), one_more, pull(g)), no_gradient(travels)
+
+
+_in_rounds.defvjp(_in_rounds_fwd, _in_rounds_bwd)
+
+
+def _further_rounds(rounds: Int[Array, ""], one_more: Callable[[Array, Any], Any], sums: Any) -> Any:
+    """`sums` after one_more(number, sums) of every round but the first."""
+
+    def all_of_them(sums: Any) -> Any:
+        return jax.lax.fori_loop(1, rounds, one_more, sums)
+
     with jax.named_scope(FURTHER_ROUNDS):
-        _, sums = jax.lax.while_loop(lambda carry: carry[0] < last, one_more, (jnp.ones_like(last), nothing))
-    return *sums, no_gradient(travels)
-
-
-_further_rounds.defvjp(_further_rounds_fwd, _further_rounds_bwd)
+        return jax.lax.cond(rounds > 1, all_of_them, lambda sums: sums, sums)
 
 
 def _greatest(x: Int[Array, ""]) -> Int[Array, ""]:

@@ -172,10 +172,9 @@ class _Schedule:
         return Operation(step.name, part, moved.kind, 1, moved.seconds, 0.0, 0.0, 0.0, is_recomputed(step, self.module), moved.bytes or 1)
 
     def step(self, step: Instruction, computation: str, total: StepTime) -> None:
-        if step.opcode == "while":
-            if FURTHER_ROUNDS in op_name(step):
-                self.notes["further rounds of the exchange with experts, which only uneven routing needs, are not counted"] = None
-                return
+        if step.opcode in ("conditional", "while") and FURTHER_ROUNDS in op_name(step):
+            self.notes["further rounds of the exchange with experts, which only uneven routing needs, are not counted"] = None
+        elif step.opcode == "while":
             trips = self.module.trip_count(step, computation)
             if trips is None:
                 self.notes[f"how often the loop {step.name} runs depends on data: once is counted"] = None
