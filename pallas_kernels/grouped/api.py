@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.case import Implementation
-from pallas_kernels.choose import Kernels
+from pallas_kernels.choose import LANES, Kernels
 from pallas_kernels.grouped.choose import choose
 
 Array = jax.Array
@@ -17,7 +17,8 @@ Array = jax.Array
 def grouped_matmul(x: Array, w: Array, sizes: Array, *, implementation: Implementation | None = None, interpret: bool = False) -> Array:
     """Every row times the matrix of its group, rows lying sorted by group; rows behind the last group give zeros.
 
-    Sums are float32 or wider. The gradients reach `x` and `w`, in their types; a group without rows has none.
+    Sums are float32 or wider. The gradients reach `x` and `w`, in their types; a group without rows has none. The kernels work on whole
+    tiles: where R is no multiple of 128, rows of zeros are added.
 
     Args:
       x: [R, I], bfloat16 or float32 (in XLA any float type).
@@ -37,7 +38,10 @@ def grouped_matmul(x: Array, w: Array, sizes: Array, *, implementation: Implemen
         raise ValueError(f"x, w and sizes have shapes {x.shape}, {w.shape} and {sizes.shape}; [R, I], [E, I, O] and [E] are needed")
     if not jnp.issubdtype(x.dtype, jnp.floating) or w.dtype != x.dtype or sizes.dtype != jnp.int32:
         raise ValueError(f"x, w and sizes have types {x.dtype}, {w.dtype} and {sizes.dtype}; one float type twice and int32 are needed")
-    return _grouped_matmul(choose(x, w, implementation, interpret), x, w, sizes)
+    kernels, rows = choose(x, w, implementation, interpret), x.shape[0]
+    if kernels.name != "xla" and (missing := -rows % LANES):
+        return _grouped_matmul(kernels, jnp.pad(x, ((0, missing), (0, 0))), w, sizes)[:rows]
+    return _grouped_matmul(kernels, x, w, sizes)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,14 +1,14 @@
 """Which implementation of grouped products runs. What all families have in common stands in `pallas_kernels.choose`."""
 
-import importlib
-
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.case import Implementation
-from pallas_kernels.choose import LANES, Kernels, misfit_of
+from pallas_kernels.choose import LANES, Kernels, misfit_of, target
 from pallas_kernels.choose import choose as choose_of
 
 FAMILY = "grouped"
+FEW_ROWS = 512
 
 
 def choose(x: jax.Array, w: jax.Array, name: Implementation | None, interpret: bool) -> Kernels:
@@ -19,10 +19,13 @@ def choose(x: jax.Array, w: jax.Array, name: Implementation | None, interpret: b
     """
 
     def limit(name: str) -> str | None:
-        if name == "gpu":
-            return importlib.import_module(f"pallas_kernels.{FAMILY}.gpu").misfit(x, w)
-        if any(size % LANES for size in (*x.shape, *w.shape[1:])):
-            return f"R, I and O are {x.shape[0]}, {w.shape[1]} and {w.shape[2]}; the kernels need multiples of {LANES}"
+        if name == "gpu" and x.dtype != jnp.bfloat16:
+            return f"the arrays are {x.dtype}; the GPU kernels take bfloat16"
+        if any(size % LANES for size in w.shape[1:]):
+            return f"I and O are {w.shape[1]} and {w.shape[2]}; the kernels need multiples of {LANES}"
         return None
 
+    # On a GPU one program goes through all groups of a tile: with few tiles, as in decoding, most of it would stand idle.
+    if name is None and target()[0] == "gpu" and x.shape[0] < FEW_ROWS:
+        name = "xla"
     return choose_of(FAMILY, name, interpret, misfit_of(x), limit=limit)

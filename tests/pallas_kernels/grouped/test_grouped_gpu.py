@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hopper import INTERPRET, on_hopper
 
-from pallas_kernels.grouped import gpu, grouped_matmul
+from pallas_kernels.grouped import grouped_matmul
 from pallas_kernels.grouped.cases import cases
 from pallas_kernels.grouped.gpu.walk import TILE, walk
 from pallas_kernels.static_cost import compile_for, lower_for
@@ -100,17 +100,17 @@ def test_a_real_shape_compiles_and_needs_no_memory_but_its_result(case):
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "message"),
-    [
-        ((128, 128, 128), jnp.float32, "the GPU kernels take bfloat16"),
-        ((100, 128, 128), BF16, "multiples of 128"),
-        ((128, 96, 128), BF16, "96"),
-    ],
+    ("width", "dtype", "message"), [(128, jnp.float32, "the GPU kernels take bfloat16"), (96, BF16, "I and O are 96 and 128")]
 )
-def test_what_the_kernels_cannot_take_goes_to_xla_and_is_refused_by_name(shape, dtype, message):
-    rows, width, out = shape
-    x, w, sizes = jnp.ones((rows, width), dtype), jnp.ones((2, width, out), dtype), jnp.ones(2, jnp.int32)
-    assert gpu.misfit(x, w) is not None
+def test_what_the_kernels_cannot_take_goes_to_xla_and_is_refused_by_name(width, dtype, message):
+    x, w, sizes = jnp.ones((1024, width), dtype), jnp.ones((2, width, 128), dtype), jnp.ones(2, jnp.int32)
     with pytest.raises(ValueError, match=message):
         grouped_matmul(x, w, sizes, implementation="gpu", interpret=True)
     assert "@mosaic_gpu" not in lower_for("H100", grouped_matmul, (x, w, sizes)).as_text()
+
+
+@pytest.mark.parametrize(("rows", "kernels"), [(96, 0), (1000, 1)])
+def test_any_number_of_rows_but_few_takes_the_kernel(rows, kernels):
+    x, w, sizes = jnp.ones((rows, 128), BF16), jnp.ones((2, 128, 128), BF16), jnp.ones(2, jnp.int32)
+    lowered = lower_for("H100", grouped_matmul, (x, w, sizes))
+    assert lowered.as_text().count("@mosaic_gpu") == kernels and lowered.out_info.shape == (rows, 128)
