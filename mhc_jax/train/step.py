@@ -224,6 +224,17 @@ def _stepped(
     return new, metrics, tuple(own._replace(values=clipping.scale * own.values) for own in of_host)
 
 
+def _compiled(lowered: jax.stages.Lowered, devices: set[jax.Device]) -> jax.stages.Compiled:
+    if len(devices) > 1 and all(device.platform == "tpu" for device in devices):
+        try:
+            return lowered.compile(compiler_options=BESIDE_COMPUTING)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            # What is under way takes memory; without it the step may fit.
+    return lowered.compile()
+
+
 class Evaluation(NamedTuple):
     """Of one held-out batch."""
 
@@ -268,9 +279,7 @@ def compile_train_step(
     step = jax.jit(
         partial(function, config=config, rules=rules), donate_argnums=0, out_shardings=(where, *(None,) * (1 if host is None else 2))
     )
-    devices = where.step.device_set
-    beside = BESIDE_COMPUTING if len(devices) > 1 and all(device.platform == "tpu" for device in devices) else None
-    compiled = step.lower(*arguments).compile(compiler_options=beside)
+    compiled = _compiled(step.lower(*arguments), where.step.device_set)
     memory = compiled.memory_analysis()
     if memory is None:
         return compiled, None

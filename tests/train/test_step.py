@@ -1,6 +1,7 @@
 """One step: the same whatever the number of microbatches or devices."""
 
 from functools import cache, partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from small import slowly, temporary_bytes
 from mhc_jax.config import MeshConfig, override
 from mhc_jax.parallel.mesh import make_mesh
 from mhc_jax.parallel.rules import Rules
+from mhc_jax.train import step as steps
 from mhc_jax.train.step import gradients, initial_state, placed_initial_state, train_step
 
 RULES = Rules()
@@ -91,3 +93,34 @@ def test_eight_devices_train_as_one(tiny, kind):
     moments = state.optimizer[0].mu.unembed
     assert len(moments.addressable_shards) == 8
     assert moments.addressable_shards[0].data.shape[0] == config.model.dim // 4  # optimizer moments are split as their parameters
+
+
+@pytest.mark.parametrize(("platform", "count", "asked"), [("tpu", 2, [True]), ("tpu", 1, [False]), ("cpu", 2, [False])])
+def test_collectives_run_beside_products_on_several_tpus(platform, count, asked):
+    compiled = Compilations(None)
+    assert steps._compiled(compiled, devices(platform, count)) == "made"
+    assert compiled.asked == asked
+
+
+def test_where_that_takes_too_much_memory_the_step_is_compiled_without():
+    compiled = Compilations("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.")
+    assert steps._compiled(compiled, devices("tpu", 2)) == "made" and compiled.asked == [True, False]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        steps._compiled(Compilations("INTERNAL: Mosaic failed to compile"), devices("tpu", 2))
+
+
+class Compilations:
+    """Stands in for a lowered step; says what options were asked for, and fails with a message where there are some."""
+
+    def __init__(self, message: str | None):
+        self.message, self.asked = message, []
+
+    def compile(self, compiler_options=None):
+        self.asked.append(compiler_options == steps.BESIDE_COMPUTING)
+        if compiler_options and self.message:
+            raise jax.errors.JaxRuntimeError(self.message)
+        return "made"
+
+
+def devices(platform: str, count: int) -> tuple[SimpleNamespace, ...]:
+    return tuple(SimpleNamespace(platform=platform) for _ in range(count))
