@@ -36,7 +36,7 @@ Batch = dict[str, Int[Array, "B S *more"]]
 
 # The TPU compiler leaves most collectives where their results are needed; with these, which MaxText's recipes use too, they run beside
 # products that do not need them (docs/plan.md).
-BESIDE_COMPUTING = {
+BESIDE_COMPUTING: dict[str, str | bool] = {
     "xla_enable_async_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",

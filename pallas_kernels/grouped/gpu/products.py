@@ -30,7 +30,7 @@ def grouped_matmul(x: Array, w: Array, sizes: Array, *, transposed: bool = False
     def body(refs, x_s, w_s, out_s, full, empty):
         program = jax.lax.axis_index("block")
         tile, column = program // blocks, jax.lax.rem(program, jnp.int32(blocks)) * columns
-        first, count = refs["first"][tile], refs["count"][tile]
+        first, count = refs["first"][tile], refs["visited"][tile]
 
         def bringer():
             def fetch(step, slot, barrier):

@@ -16,7 +16,7 @@ class Walk(NamedTuple):
     group: Array  # [E] the number of each
     stop: Array  # [E] its last row is the one before
     first: Array  # [tiles] the first that has rows in a tile
-    count: Array  # [tiles] how many have
+    visited: Array  # [tiles] how many have
 
 
 def walk(sizes: Array, rows: int) -> Walk:

@@ -70,7 +70,7 @@ def test_every_row_of_a_group_is_visited_once():
         sizes = rng.multinomial(rng.integers(0, 1025), rng.dirichlet(np.full(6, 0.3)))
         found = jax.tree.map(np.asarray, walk(jnp.asarray(sizes, jnp.int32), 1024))
         group_of_row = np.full(1024, -1)
-        for tile, (first, count) in enumerate(zip(found.first, found.count)):
+        for tile, (first, count) in enumerate(zip(found.first, found.visited)):
             rows = np.arange(tile * TILE, (tile + 1) * TILE)
             start = found.stop[first - 1] if first > 0 else 0
             for number in range(first, first + count):
