@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,6 +29,7 @@ from mhc_jax.errors import UserError
 from mhc_jax.nn.residual.kinds import CONNECTIONS
 from mhc_jax.parallel.mesh import make_mesh
 from mhc_jax.parallel.rules import Rules
+from mhc_jax.plan.topologies import parse
 from mhc_jax.train.step import TrainState, compile_train_step, initial_state, state_shardings
 from pallas_kernels.static_cost import last_words, listings, target_devices
 from pallas_kernels.static_cost.compile import TPU_ENVIRONMENT
@@ -131,11 +133,12 @@ def _origin(residual: str) -> tuple[str, str | None]:
 
 def _compile(config: Config, target: str, dump: Path) -> Program:
     start = time.perf_counter()
+    memory_bytes = parse(target).hbm_bytes_per_device if ":" in target else None
     mesh = make_mesh(config.mesh, target_devices(target))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         state, batch = arguments(config, mesh, Rules())
         try:
-            step, peak = compile_train_step(config, Rules(), state, batch)
+            step, peak = compile_train_step(config, Rules(), state, batch, memory_bytes=memory_bytes, again=partial(_clear, dump))
         except jax.errors.JaxRuntimeError as error:
             held = _local_bytes((state, batch))
             peak = needed_bytes(str(error), held)
@@ -154,6 +157,12 @@ def _compile(config: Config, target: str, dump: Path) -> Program:
         count.get("flops"),
         count.get("bytes accessed"),
     )
+
+
+def _clear(dump: Path) -> None:
+    """Takes away what an earlier compilation left: names of instructions come again."""
+    for path in dump.iterdir():
+        path.unlink()
 
 
 def needed_bytes(refusal: str, arguments: int) -> int | None:

@@ -224,15 +224,36 @@ def _stepped(
     return new, metrics, tuple(own._replace(values=clipping.scale * own.values) for own in of_host)
 
 
-def _compiled(lowered: jax.stages.Lowered, devices: set[jax.Device]) -> jax.stages.Compiled:
+def _compiled(
+    lowered: jax.stages.Lowered, devices: set[jax.Device], memory_bytes: int | None, again: Callable[[], None]
+) -> jax.stages.Compiled:
+    """With collectives beside products on several TPUs, unless what is then under way takes more memory than a device has."""
     if len(devices) > 1 and all(device.platform == "tpu" for device in devices):
         try:
-            return lowered.compile(compiler_options=BESIDE_COMPUTING)
+            compiled = lowered.compile(compiler_options=BESIDE_COMPUTING)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            # What is under way takes memory; without it the step may fit.
+        else:
+            if memory_bytes is None or (_peak(compiled) or 0) <= memory_bytes:
+                return compiled
+        again()
     return lowered.compile()
+
+
+def _peak(compiled: jax.stages.Compiled) -> int | None:
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+
+
+def _memory_of(device: jax.Device) -> int | None:
+    """Bytes, where the device is here and tells."""
+    try:
+        return (device.memory_stats() or {}).get("bytes_limit")
+    except jax.errors.JaxRuntimeError:  # one that is only compiled for
+        return None
 
 
 class Evaluation(NamedTuple):
@@ -265,11 +286,19 @@ def eval_step(
 
 
 def compile_train_step(
-    config: Config, rules: Rules, state: TrainState, batch: Any, host: tuple[Any, ...] | None = None
+    config: Config,
+    rules: Rules,
+    state: TrainState,
+    batch: Any,
+    host: tuple[Any, ...] | None = None,
+    *,
+    memory_bytes: int | None = None,
+    again: Callable[[], None] = lambda: None,
 ) -> tuple[Callable[..., Any], int | None]:
     """The compiled step, which takes over the memory of the state it is given; and its peak memory in bytes on one device.
 
-    The batch may be arrays or their shapes. With `host`, what came from host memory, the step is `train_step_with_host`.
+    The batch may be arrays or their shapes. With `host`, what came from host memory, the step is `train_step_with_host`. `memory_bytes` is
+    what a device has, where it is not here to tell; `again` is called where the step is compiled a second time, to take less.
 
     The peak is the compiler's: arguments, results and temporaries, shared memory counted once; None where it does not tell.
     """
@@ -279,9 +308,6 @@ def compile_train_step(
     step = jax.jit(
         partial(function, config=config, rules=rules), donate_argnums=0, out_shardings=(where, *(None,) * (1 if host is None else 2))
     )
-    compiled = _compiled(step.lower(*arguments), where.step.device_set)
-    memory = compiled.memory_analysis()
-    if memory is None:
-        return compiled, None
-    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - memory.alias_size_in_bytes
-    return compiled, peak
+    devices = where.step.device_set
+    compiled = _compiled(step.lower(*arguments), devices, memory_bytes or _memory_of(next(iter(devices))), again)
+    return compiled, _peak(compiled)

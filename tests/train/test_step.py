@@ -98,19 +98,27 @@ def test_eight_devices_train_as_one(tiny, kind):
 @pytest.mark.parametrize(("platform", "count", "asked"), [("tpu", 2, [True]), ("tpu", 1, [False]), ("cpu", 2, [False])])
 def test_collectives_run_beside_products_on_several_tpus(platform, count, asked):
     compiled = Compilations(None)
-    assert steps._compiled(compiled, devices(platform, count)) == "made"
+    steps._compiled(compiled, devices(platform, count), None, pytest.fail)
     assert compiled.asked == asked
 
 
-def test_where_that_takes_too_much_memory_the_step_is_compiled_without():
-    compiled = Compilations("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.")
-    assert steps._compiled(compiled, devices("tpu", 2)) == "made" and compiled.asked == [True, False]
+@pytest.mark.parametrize(("message", "memory"), [("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.", None), (None, 149)])
+def test_where_that_takes_too_much_memory_the_step_is_compiled_without(message, memory):
+    compiled, told = Compilations(message), []
+    steps._compiled(compiled, devices("tpu", 2), memory, lambda: told.append(True))
+    assert compiled.asked == [True, False] and told == [True]
+    enough = Compilations(None)
+    steps._compiled(enough, devices("tpu", 2), 150, pytest.fail)
+    assert enough.asked == [True]
+
+
+def test_another_failure_is_not_taken_for_want_of_memory():
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        steps._compiled(Compilations("INTERNAL: Mosaic failed to compile"), devices("tpu", 2))
+        steps._compiled(Compilations("INTERNAL: Mosaic failed to compile"), devices("tpu", 2), None, pytest.fail)
 
 
 class Compilations:
-    """Stands in for a lowered step; says what options were asked for, and fails with a message where there are some."""
+    """Stands in for a lowered step and the compiled one, of 150 bytes; remembers the options, and may fail where there are some."""
 
     def __init__(self, message: str | None):
         self.message, self.asked = message, []
@@ -119,7 +127,11 @@ class Compilations:
         self.asked.append(compiler_options == steps.BESIDE_COMPUTING)
         if compiler_options and self.message:
             raise jax.errors.JaxRuntimeError(self.message)
-        return "made"
+        return self
+
+    def memory_analysis(self):
+        sizes = {"argument": 60, "output": 60, "temp": 80, "alias": 50}
+        return SimpleNamespace(**{f"{name}_size_in_bytes": size for name, size in sizes.items()})
 
 
 def devices(platform: str, count: int) -> tuple[SimpleNamespace, ...]:
