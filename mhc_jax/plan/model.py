@@ -172,16 +172,21 @@ class _Schedule:
         return Operation(step.name, part, moved.kind, 1, moved.seconds, 0.0, 0.0, 0.0, is_recomputed(step, self.module), moved.bytes or 1)
 
     def step(self, step: Instruction, computation: str, total: StepTime) -> None:
-        if step.opcode in ("conditional", "while") and FURTHER_ROUNDS in op_name(step):
+        further = FURTHER_ROUNDS in op_name(step)
+        if further and step.opcode in ("conditional", "while"):
             self.notes["further rounds of the exchange with experts, which only uneven routing needs, are not counted"] = None
-        elif step.opcode == "while":
+        if step.opcode == "while":
+            if further:
+                return
             trips = self.module.trip_count(step, computation)
             if trips is None:
                 self.notes[f"how often the loop {step.name} runs depends on data: once is counted"] = None
             total.add(self.computation(step.called("body")[0]), trips or 1)
         elif step.opcode == "conditional":
             branches = step.called("branch_computations") or step.called("true_computation") + step.called("false_computation")
-            total.add(max((self.computation(branch) for branch in branches), key=lambda branch: branch.seconds))
+            # Without further rounds the branch with less in it is taken; the compiler moves into both what only they use.
+            taken = min if further else max
+            total.add(taken((self.computation(branch) for branch in branches), key=lambda branch: branch.seconds))
         elif step.opcode == "call":
             total.add(self.computation(step.called("to_apply")[0]))
         elif (operation := self.operation(step, computation)) is not None:

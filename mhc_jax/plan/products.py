@@ -93,7 +93,7 @@ def grouped_product(step: Instruction, computation: str, module: Module) -> Grou
     tile holds rows of two. Every tile reads its rows again for each block of columns; matrices and results move once, in libtpu's kernel a
     block of the matrix with every tile.
     """
-    ours = re.search(r"/(grouped_matmul|grouped_outer)/", step.attributes)
+    ours = re.search(r"[/(](grouped_matmul|grouped_outer)\)*/", step.attributes)
     theirs = re.search(r'ragged_dot_tiling="(\d+),(\d+),(\d+)"', step.attributes)
     if not ours and not theirs:
         return None

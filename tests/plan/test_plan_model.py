@@ -219,7 +219,7 @@ def test_room_that_balanced_routing_leaves_free_is_not_charged():
     text = """ENTRY %m (x: f32[8]) -> f32[8] {
   %x = bf16[5120,256]{1,0} parameter(0)
   %w = bf16[8,256,512]{2,1,0} parameter(1)
-  %c = bf16[5120,512]{1,0} custom-call(%x, %w), metadata={op_name="jvp(first_round)/grouped_matmul/pallas_call"}
+  %c = bf16[5120,512]{1,0} custom-call(%x, %w), metadata={op_name="transpose(first_round)/jvp(grouped_matmul)/pallas_call"}
   %sent = bf16[4096,512]{1,0} parameter(2)
   %there = bf16[5120,512]{1,0} ragged-all-to-all(%sent, %c), replica_groups={{0,1,2,3}}
   ROOT %back = bf16[4096,512]{1,0} ragged-all-to-all(%there, %sent), replica_groups={{0,1,2,3}}
