@@ -132,7 +132,7 @@ def rolling(tiny, **changes):
     [
         ((6,), 2, [(6, 4)]),
         ((6, 8), 2, [(6, 4), (6, 4)]),  # batch 8 is the second one after the gap: step 6 again
-        ((6,), 8, [(6, 0)]),  # no checkpoint yet
+        pytest.param((6,), 8, [(6, 0)], marks=pytest.mark.slow),  # no checkpoint yet
     ],
 )
 def test_a_spike_goes_back_and_leaves_its_data_out(tiny, tmp_path, with_batches, garbled, checkpoint_every, back):

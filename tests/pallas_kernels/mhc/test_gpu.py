@@ -47,7 +47,7 @@ def check(p: Problem) -> None:
     [
         (V41, 7, jnp.float32),
         pytest.param(Mapping(4, mixes=False), 70, jnp.bfloat16, marks=pytest.mark.slow),
-        (V4, 5, jnp.float32),
+        pytest.param(V4, 5, jnp.float32, marks=pytest.mark.slow),
         pytest.param(Mapping(4), 64, jnp.bfloat16, marks=pytest.mark.slow),
         pytest.param(Mapping(4), 100, jnp.float32, marks=pytest.mark.slow),
         pytest.param(Mapping(8, mixes=False, reads="previous"), 3, jnp.bfloat16, marks=pytest.mark.slow),
@@ -81,6 +81,7 @@ def test_a_token_that_is_not_finite_spoils_no_other_and_zeros_are_finite():
         assert np.linalg.norm(np.asarray(got["h"])[:, others] - wanted["h"][:, others]) < 2e-5 * np.linalg.norm(wanted["h"])
 
 
+@pytest.mark.slow
 def test_pre_and_its_gradient_equal_float64():
     p = problem(V4, tokens=70)
 

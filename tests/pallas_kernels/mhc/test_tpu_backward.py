@@ -96,7 +96,7 @@ def test_seam(float64, mapping, width, tokens, dtype, std):
     Seam(mapping, width, tokens, dtype, std).check()
 
 
-@pytest.mark.parametrize("mapping", [Mapping(2), Mapping(2, mixes=False, reads="previous")], ids=str)
+@pytest.mark.parametrize("mapping", [pytest.param(Mapping(2), marks=pytest.mark.slow), Mapping(2, mixes=False, reads="previous")], ids=str)
 @pytest.mark.parametrize("part", ["pre", "post"])
 def test_a_part_alone(float64, part, mapping):
     Seam(mapping, 128, 150, F32).check(part)
