@@ -22,10 +22,9 @@ from jaxtyping import Array, Float, Int
 from mhc_jax.nn.experts import Rows, collect, dispatch, no_gradient, routed_swiglu, spread, summed, swiglu_of_sorted, visited
 from mhc_jax.parallel.rules import Rules
 from mhc_jax.parallel.shards import STREAMS, axes_here, on_shards, shard_count
+from pallas_kernels.choose import LANES
 
 ROOM = 1.25  # of what a device sends and gets where all experts are visited alike, in one round
-
-LANES = 128  # of a TPU's registers
 
 # Scopes by which a plan knows what even routing makes of arrays whose sizes are those of the room.
 FIRST_ROUND = "first_round"

@@ -248,10 +248,11 @@ def _peak(compiled: jax.stages.Compiled) -> int | None:
     return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - memory.alias_size_in_bytes
 
 
-def _memory_of(device: jax.Device) -> int | None:
-    """Bytes, where the device is here and tells."""
+def _memory_here(devices: set[jax.Device]) -> int | None:
+    """Bytes of one of this process's devices, where it tells. Processes must agree, and another's devices tell a process nothing."""
+    own = next((device for device in devices if device.process_index == jax.process_index()), None)
     try:
-        return (device.memory_stats() or {}).get("bytes_limit")
+        return ((own and own.memory_stats()) or {}).get("bytes_limit")
     except jax.errors.JaxRuntimeError:  # one that is only compiled for
         return None
 
@@ -309,5 +310,5 @@ def compile_train_step(
         partial(function, config=config, rules=rules), donate_argnums=0, out_shardings=(where, *(None,) * (1 if host is None else 2))
     )
     devices = where.step.device_set
-    compiled = _compiled(step.lower(*arguments), devices, memory_bytes or _memory_of(next(iter(devices))), again)
+    compiled = _compiled(step.lower(*arguments), devices, memory_bytes or _memory_here(devices), again)
     return compiled, _peak(compiled)

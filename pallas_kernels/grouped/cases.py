@@ -36,14 +36,12 @@ SHAPES = (
     Shape(73728, 72, 2560, 3072),
     Shape(73728, 72, 1536, 2560),
 )
+KERNELS = (("grouped_matmul", False), ("grouped_matmul", True), ("grouped_outer", False))  # and whether the matrices are transposed
 
 
 def cases() -> list[Case]:
     """Every shape: the product, its gradient of rows and of matrices."""
     return [_case(shape, kernel, transposed) for shape in SHAPES for kernel, transposed in KERNELS]
-
-
-KERNELS = (("grouped_matmul", False), ("grouped_matmul", True), ("grouped_outer", False))
 
 
 def _case(shape: Shape, kernel: str, transposed: bool) -> Case:

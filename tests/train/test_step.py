@@ -117,6 +117,13 @@ def test_another_failure_is_not_taken_for_want_of_memory():
         steps._compiled(Compilations("INTERNAL: Mosaic failed to compile"), devices("tpu", 2), None, pytest.fail)
 
 
+def test_a_process_asks_its_own_devices_for_their_memory_so_that_all_decide_alike():
+    other = SimpleNamespace(process_index=jax.process_index() + 1, memory_stats=pytest.fail)
+    own = SimpleNamespace(process_index=jax.process_index(), memory_stats=lambda: {"bytes_limit": 7})
+    assert steps._memory_here((other, own)) == 7
+    assert steps._memory_here((other,)) is None
+
+
 class Compilations:
     """Stands in for a lowered step and the compiled one, of 150 bytes; remembers the options, and may fail where there are some."""
 
