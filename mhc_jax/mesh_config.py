@@ -53,6 +53,7 @@ def check_mesh(config: "Config") -> None:
         divides("mesh.tensor", mesh.tensor, "model.dense_dim", m.dense_dim)
     if m.dense_layers < m.num_layers:
         divides("mesh.expert x mesh.tensor", mesh.expert * mesh.tensor, "model.moe.num_experts", m.moe.num_experts)
+        divides("mesh.fsdp", mesh.fsdp, "model.moe.expert_dim", m.moe.expert_dim)
         divides("mesh.tensor", mesh.tensor, "model.moe.shared_experts x expert_dim", m.moe.shared_experts * m.moe.expert_dim)
     if a.sparse is not None:
         divides("mesh.tensor", mesh.tensor, "model.attention.sparse.index_heads", a.sparse.index_heads)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mhc_jax.nn.experts import Rows, collect, dispatch, no_gradient, routed_swiglu, spread, summed, swiglu_of_sorted, visited
+from mhc_jax.nn.experts import Permutation, Rows, combine, dispatch, no_gradient, routed_swiglu, spread, swiglu_of_sorted
 from mhc_jax.parallel.rules import Rules
 from mhc_jax.parallel.shards import STREAMS, axes_here, on_shards, shard_count
 from pallas_kernels.choose import LANES
@@ -45,19 +45,19 @@ def routed(
     gradients are summed into the parts again. Both are written out: the partitioner would sum whole matrices, twice the bytes.
     """
     peers = Peers(rules.mesh_axes("experts"), shard_count(rules, "experts"))
-    across = axes_here(rules, "embed")
 
-    def whole(matrices: Array, axis: int) -> Array:
-        return jax.lax.all_gather(matrices, across, axis=axis, tiled=True) if across else matrices
+    def whole(matrices: Array, rows: str) -> Array:
+        across = axes_here(rules, rows)
+        return jax.lax.all_gather(matrices, across, axis=1, tiled=True) if across else matrices
 
     def local(x: Array, experts: Array, weights: Array, inner: Array, out: Array) -> Array:
-        given = (*(a.reshape(-1, a.shape[-1]) for a in (x, experts, weights)), whole(inner, 1), whole(out, 2))
+        given = (*(a.reshape(-1, a.shape[-1]) for a in (x, experts, weights)), whole(inner, "embed"), whole(out, "expert_hidden"))
         if peers.number == 1:
             return routed_swiglu(*given).reshape(x.shape)
         ways = {name: partial(exchanged, peers=peers, way=way) for name, way in (("tpu", Ragged), ("default", Padded))}
         return jax.lax.platform_dependent(*given, **ways).reshape(x.shape)
 
-    given = (STREAMS, STREAMS, STREAMS, ("experts", "embed", None), ("experts", None, "embed"))
+    given = (STREAMS, STREAMS, STREAMS, ("experts", "embed", None), ("experts", "expert_hidden", None))
     return on_shards(local, rules, given=given, results=STREAMS)(x, experts, weights, inner.astype(x.dtype), out.astype(x.dtype))
 
 
@@ -88,8 +88,8 @@ class Padded(NamedTuple):
 
     def round(
         self, number: Int[Array, ""] | int, x: Array, weights: Array, inner: Array, out: Array, peers: Peers
-    ) -> Float[Array, "T k C"]:
-        """What the visits of round `number`, from 0, bring; zeros for all others."""
+    ) -> Float[Array, "T tiles lanes"]:
+        """The sum of what a token's visits in round `number`, from 0, bring; in float32 or wider."""
         room, owned = self._room(peers), inner.shape[0]
         every, owner = peers.number * room, self.experts.reshape(-1) // owned
         row = jnp.where(self.turn // room == number, owner * room + self.turn % room, every)
@@ -101,8 +101,8 @@ class Padded(NamedTuple):
             return jax.lax.all_to_all(x, peers.axes, split_axis=0, concat_axis=0, tiled=True)
 
         arrived, weight = exchange(dispatch(x, slots)), exchange(spread(weights, slots))
-        made = visited(arrived, exchange(asked)[:, None], weight[:, None], inner, out)[:, 0]
-        return collect(exchange(made), slots)
+        made = routed_swiglu(arrived.reshape(every, -1), exchange(asked)[:, None], weight[:, None], inner, out, some_empty=True)
+        return combine(exchange(made.reshape(arrived.shape)), slots)
 
     def _room(self, peers: Peers) -> int:
         return math.ceil(ROOM * self.experts.size / peers.number)
@@ -116,7 +116,7 @@ class Ragged(NamedTuple):
     what an exchange on a TPU makes of a single number, but nobody need take single numbers out of rows then, which its compiler does badly.
     """
 
-    rows: Rows  # sorted by expert
+    rows: Permutation  # sorted by expert
     sent: Int[Array, "P P owned"]  # visits from a peer to an expert of a peer
 
     @classmethod
@@ -126,7 +126,7 @@ class Ragged(NamedTuple):
         order = jnp.argsort(visits, stable=True)
         every = jnp.arange(peers.number * owned, dtype=experts.dtype)
         sent = jnp.sum(visits[:, None] == every[None], axis=0, dtype=jnp.int32).reshape(peers.number, owned)
-        return cls(Rows(order, jnp.argsort(order).reshape(experts.shape)), jax.lax.all_gather(sent, peers.axes))
+        return cls(Permutation(order, jnp.argsort(order).reshape(experts.shape)), jax.lax.all_gather(sent, peers.axes))
 
     def rounds(self, peers: Peers) -> Int[Array, ""]:
         """In how many rounds all visits of all devices are made."""
@@ -134,8 +134,8 @@ class Ragged(NamedTuple):
 
     def round(
         self, number: Int[Array, ""] | int, x: Array, weights: Array, inner: Array, out: Array, peers: Peers
-    ) -> Float[Array, "T k C"]:
-        """What the visits of round `number`, from 0, bring; zeros for all others."""
+    ) -> Float[Array, "T tiles lanes"]:
+        """The sum of what a token's visits in round `number`, from 0, bring; in float32 or wider."""
         begin, room, me = number * self._room(), self._room(), jax.lax.axis_index(peers.axes)
         # Of each piece: its first row at its sender, and where it stands among all that its receiver gets, over all rounds.
         first = _before(self.sent.reshape(peers.number, -1)).reshape(self.sent.shape)
@@ -155,9 +155,10 @@ class Ragged(NamedTuple):
             return exchange(x, room, leaves[me], count[me], arrives[me], count[:, me])
 
         one_each = jnp.broadcast_to(weights.reshape(-1, 1), (weights.size, LANES))
-        weight = away(dispatch(one_each, Rows(self.rows.visit_of_row, self.rows.row_of_visit.reshape(-1, 1))))[:, :1]
-        made = swiglu_of_sorted(away(dispatch(x, self.rows)), weight, count[:, me].sum(axis=0), inner, out)
-        return collect(exchange(made, weights.size, arrives[:, me], count[:, me], leaves[:, me], count[me]), self.rows)
+        weight = away(dispatch(one_each, Permutation(self.rows.visit_of_row, self.rows.row_of_visit.reshape(-1, 1))))[:, :1]
+        arrived = away(dispatch(x, self.rows))
+        made = swiglu_of_sorted(arrived.reshape(room, -1), weight, count[:, me].sum(axis=0), inner, out).reshape(arrived.shape)
+        return combine(exchange(made, weights.size, arrives[:, me], count[:, me], leaves[:, me], count[me]), self.rows)
 
     def _room(self) -> int:
         return math.ceil(ROOM * self.rows.row_of_visit.size)
@@ -171,8 +172,13 @@ def _before(sizes: Int[Array, "P pieces"]) -> Int[Array, "P pieces"]:
 def exchanged(
     x: Float[Array, "T C"], experts: Array, weights: Array, inner: Array, out: Array, *, peers: Peers, way: type[Padded | Ragged]
 ) -> Float[Array, "T C"]:
-    """`routed_swiglu` for this device's tokens, with this device's experts alone; called by all peers together."""
-    return summed(_in_rounds(x, weights, inner, out, way.of(experts, inner.shape[0], peers), peers), weights.dtype)
+    """`routed_swiglu` for this device's tokens, with this device's experts alone; called by all peers together.
+
+    Tokens travel as tiles of LANES columns. Of a matrix a TPU holds 8 or 16 rows of a tile's columns together; laid out so, a token lies in
+    one piece, and its rows are laid out anew only where products want them, not on both sides of each exchange.
+    """
+    tiles = x.reshape(x.shape[0], -1, LANES) if x.shape[1] % LANES == 0 else x[:, None]
+    return _in_rounds(tiles, weights, inner, out, way.of(experts, inner.shape[0], peers), peers).reshape(x.shape).astype(x.dtype)
 
 
 # What the first round needs again may be kept for the backward pass; the others are made again there. Both ways the others stand under a
@@ -180,8 +186,8 @@ def exchanged(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _in_rounds(x: Array, weights: Array, inner: Array, out: Array, travels: Padded | Ragged, peers: Peers) -> Float[Array, "T k C"]:
-    """What all visits bring."""
+def _in_rounds(x: Array, weights: Array, inner: Array, out: Array, travels: Padded | Ragged, peers: Peers) -> Float[Array, "T tiles lanes"]:
+    """The sum of what a token's visits bring, in float32 or wider."""
     return _in_rounds_fwd(x, weights, inner, out, travels, peers)[0]
 
 

@@ -30,22 +30,15 @@ def routed_swiglu(
     weights: Float[Array, "T k"],
     inner: Float[Array, "E C gate_up"],
     out: Float[Array, "E gate_up//2 C"],
+    some_empty: bool = False,
 ) -> Float[Array, "T C"]:
-    """Sum over a token's k experts of weight * SwiGLU_expert(x), in x's type with a float32 or wider sum."""
-    on_cpu = _one_by_one if experts.size <= FEW else partial(_routed, layout=blocked)
-    return jax.lax.platform_dependent(x, experts, weights, inner, out, cpu=on_cpu, default=partial(_routed, layout=ragged))
+    """Sum over a token's k experts of weight * SwiGLU_expert(x), in x's type with a float32 or wider sum.
 
-
-def visited(
-    x: Float[Array, "T C"],
-    experts: Int[Array, "T k"],
-    weights: Float[Array, "T k"],
-    inner: Float[Array, "E C gate_up"],
-    out: Float[Array, "E gate_up//2 C"],
-) -> Float[Array, "T k C"]:
-    """weight * SwiGLU_expert(x) of every visit; zeros for a visit to expert E, one more than there are."""
-    layouts = {"cpu": partial(_visited, layout=blocked), "default": partial(_visited, layout=ragged)}
-    return jax.lax.platform_dependent(x, experts, weights, inner, out, **layouts)
+    With `some_empty` a visit may be to expert E, one more than there are, and brings zeros.
+    """
+    rows_of = partial(ragged, some_empty=some_empty)
+    on_cpu = _one_by_one if experts.size <= FEW and not some_empty else partial(_routed, layout=blocked)
+    return jax.lax.platform_dependent(x, experts, weights, inner, out, cpu=on_cpu, default=partial(_routed, layout=rows_of))
 
 
 def swiglu_of_sorted(
@@ -67,15 +60,47 @@ class Rows(NamedTuple):
     order: Int[Array, "R"] | None = None  # where R = T * k: the visit of each row, those without an expert last
 
 
-def _visited(x, experts, weights, inner, out, *, layout):
+class Permutation(Rows):
+    """Rows of which each has a visit, for visits of which each has a row: none is looked for in vain."""
+
+
+def _routed(x, experts, weights, inner, out, *, layout):
     rows, multiply = layout(experts, inner.shape[0])
-    return collect(_swiglu(dispatch(x, rows), spread(weights, rows)[:, None], inner, out, multiply), rows)
+    made = _swiglu(dispatch(x, rows), spread(weights, rows)[:, None], inner, out, multiply)
+    return combine(made, rows).astype(x.dtype)
 
 
 def _swiglu(x, weights, inner, out, multiply):
-    hidden = gated(multiply(x, inner.astype(x.dtype)))
     # Weighted before the second product and not after it: so no gradient needs what that product gave, kept or made again.
-    return multiply((weights * hidden).astype(x.dtype), out.astype(x.dtype))
+    return multiply(_weighted(multiply(x, inner.astype(x.dtype)), weights), out.astype(x.dtype))
+
+
+@jax.custom_vjp
+def _weighted(gate_up: Float[Array, "R gate_up"], weights: Float[Array, "R 1"]) -> Float[Array, "R gate_up//2"]:
+    """weights * silu(gate) * up, of the two halves; in their type, by way of the wider one of both types.
+
+    One pass over memory in either direction: differentiated by the chain of its operations, the product before its weight is kept in the
+    wide type, and the gradients of the halves are laid side by side by adding them to zeros.
+    """
+    gate, up = (half.astype(weights.dtype) for half in jnp.split(gate_up, 2, axis=1))
+    return (weights * jax.nn.silu(gate) * up).astype(gate_up.dtype)
+
+
+def _weighted_fwd(gate_up, weights):
+    return _weighted(gate_up, weights), (gate_up, weights)
+
+
+def _weighted_bwd(saved, g):
+    gate_up, weights = saved
+    gate, up = (half.astype(weights.dtype) for half in jnp.split(gate_up, 2, axis=1))
+    g = g.astype(weights.dtype)
+    open_ = jax.nn.sigmoid(gate)
+    silu, slope = gate * open_, open_ * (1 + gate * (1 - open_))
+    halves = jnp.concatenate([g * weights * up * slope, g * weights * silu], axis=1)
+    return halves.astype(gate_up.dtype), (g * silu * up).sum(axis=1, keepdims=True)
+
+
+_weighted.defvjp(_weighted_fwd, _weighted_bwd)
 
 
 def _grouped(rows_of_expert: Int[Array, "E"]):
@@ -87,15 +112,6 @@ def _grouped(rows_of_expert: Int[Array, "E"]):
     return multiply
 
 
-def _routed(x, experts, weights, inner, out, *, layout):
-    return summed(_visited(x, experts, weights, inner, out, layout=layout), weights.dtype)
-
-
-def summed(visits: Float[Array, "T k C"], wide: jnp.dtype) -> Float[Array, "T C"]:
-    """The sum over a token's visits in a wide type; in the visits' type."""
-    return visits.sum(axis=1, dtype=wide).astype(visits.dtype)
-
-
 def _one_by_one(x, experts, weights, inner, out):
     """Every visit by itself: reads the matrices of the experts that are visited and no others."""
     rows = []
@@ -105,14 +121,17 @@ def _one_by_one(x, experts, weights, inner, out):
     return jnp.stack(rows).astype(x.dtype)
 
 
-def ragged(experts: Int[Array, "T k"], num_experts: int):
+def ragged(experts: Int[Array, "T k"], num_experts: int, some_empty: bool = False):
     """Rows back to back, and the product of such rows with their experts' matrices."""
     flat = experts.reshape(-1)
     # Sorted together, not looked up afterwards: gathers of single numbers take a TPU and its compiler long.
     in_order, order = jax.lax.sort((flat, jnp.arange(flat.size)), num_keys=1, is_stable=True)
+    multiply = _grouped(jnp.bincount(flat, length=num_experts))
+    if not some_empty:
+        return Permutation(order, jnp.argsort(order).reshape(experts.shape), order), multiply
     visit_of_row = jnp.where(in_order < num_experts, order, flat.size)
     row_of_visit = jnp.where(flat < num_experts, jnp.argsort(order), flat.size)
-    return Rows(visit_of_row, row_of_visit.reshape(experts.shape), order), _grouped(jnp.bincount(flat, length=num_experts))
+    return Rows(visit_of_row, row_of_visit.reshape(experts.shape), order), multiply
 
 
 def blocked(experts: Int[Array, "T k"], num_experts: int, block: int = BLOCK):
@@ -162,9 +181,9 @@ _block_product.defvjp(_block_product_fwd, _block_product_bwd)
 
 
 @jax.custom_vjp
-def dispatch(x: Float[Array, "T C"], rows: Rows) -> Float[Array, "R C"]:
+def dispatch(x: Float[Array, "T *C"], rows: Rows) -> Float[Array, "R *C"]:
     """The token of each row; zeros in padding rows."""
-    return _rows_of(x, rows.visit_of_row // rows.row_of_visit.shape[1])
+    return _token_of_row(x, rows)
 
 
 def _dispatch_fwd(x, rows):
@@ -172,28 +191,37 @@ def _dispatch_fwd(x, rows):
 
 
 def _dispatch_bwd(rows, g):
-    return _rows_of(g, rows.row_of_visit).sum(axis=1), no_gradient(rows)
+    return _sum_of_visits(g, rows).astype(g.dtype), no_gradient(rows)
 
 
 dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 
 @jax.custom_vjp
-def collect(y: Float[Array, "R C"], rows: Rows) -> Float[Array, "T k C"]:
-    """The row of each visit; zeros for a visit without one."""
-    return _rows_of(y, rows.row_of_visit)
+def combine(y: Float[Array, "R *C"], rows: Rows) -> Float[Array, "T *C"]:
+    """The sum over the rows of a token's visits, in float32 or wider."""
+    return _sum_of_visits(y, rows)
 
 
-def _collect_fwd(y, rows):
-    return collect(y, rows), rows
+def _combine_fwd(y, rows):
+    return combine(y, rows), (y[:0], rows)  # of y its type
 
 
-def _collect_bwd(rows, g):
-    flat = g.reshape(-1, g.shape[-1])
-    return _rows_of(flat, rows.visit_of_row), no_gradient(rows)
+def _combine_bwd(saved, g):
+    like, rows = saved
+    return _token_of_row(g.astype(like.dtype), rows), no_gradient(rows)
 
 
-collect.defvjp(_collect_fwd, _collect_bwd)
+combine.defvjp(_combine_fwd, _combine_bwd)
+
+
+def _token_of_row(x, rows):
+    return _rows_of(x, rows.visit_of_row // rows.row_of_visit.shape[1], rows)
+
+
+def _sum_of_visits(y, rows):
+    wide = jnp.promote_types(y.dtype, jnp.float32)
+    return sum(_rows_of(y, column, rows).astype(wide) for column in rows.row_of_visit.T)
 
 
 @jax.custom_vjp
@@ -201,7 +229,7 @@ def spread(values: Float[Array, "T k"], rows: Rows) -> Float[Array, "R"]:
     """The number of each row's visit; zeros in padding rows."""
     visits = values.reshape(-1)
     if rows.order is None:
-        return _rows_of(visits[:, None], rows.visit_of_row)[:, 0]
+        return _rows_of(visits[:, None], rows.visit_of_row, rows)[:, 0]
     # By sorting, in both directions: gathers of single numbers take a TPU long.
     _, by_row = jax.lax.sort((rows.row_of_visit.reshape(-1), visits), num_keys=1, is_stable=True)
     return jnp.where(rows.visit_of_row < visits.size, by_row, 0)
@@ -213,7 +241,7 @@ def _spread_fwd(values, rows):
 
 def _spread_bwd(rows, g):
     if rows.order is None:
-        return _rows_of(g[:, None], rows.row_of_visit)[..., 0], no_gradient(rows)
+        return _rows_of(g[:, None], rows.row_of_visit, rows)[..., 0], no_gradient(rows)
     _, by_visit = jax.lax.sort((rows.order, jnp.where(rows.visit_of_row < g.size, g, 0)), num_keys=1)
     return by_visit.reshape(rows.row_of_visit.shape), no_gradient(rows)
 
@@ -221,8 +249,10 @@ def _spread_bwd(rows, g):
 spread.defvjp(_spread_fwd, _spread_bwd)
 
 
-def _rows_of(x: Float[Array, "N C"], rows: Int[Array, "*shape"]) -> Float[Array, "*shape C"]:
-    return x.at[rows].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+def _rows_of(x: Array, numbers: Array, rows: Rows) -> Array:
+    if isinstance(rows, Permutation):
+        return x.at[numbers].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    return x.at[numbers].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
 def no_gradient(indices: Any) -> Any:

@@ -88,7 +88,7 @@ class MoE(Module):
     SPECS: ClassVar = {
         "router": Spec(("embed", None), decay=True),
         "inner": Spec(("experts", "embed", None), decay=True),
-        "out": Spec(("experts", None, "embed"), decay=True),
+        "out": Spec(("experts", "expert_hidden", None), decay=True),
     }
 
     def __init__(self, config: ModelConfig, key: PRNGKeyArray):

@@ -22,6 +22,7 @@ class Rules:
     experts: MeshAxes = ("expert", "tensor")
     vocab: MeshAxes = "tensor"
     embed: MeshAxes = "fsdp"  # C of parameters
+    expert_hidden: MeshAxes = "fsdp"  # F of experts' second matrices, in the place of C: rows may be few, columns fill a TPU's 128 lanes
     stream_embed: MeshAxes = "fsdp"  # n * C of connection parameters
     rank: MeshAxes = "fsdp"  # of the latents that queries, keys and values are expanded from; whole where it does not come out even
     layers: MeshAxes = None

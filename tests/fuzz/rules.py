@@ -205,6 +205,7 @@ def broken_pairs(v: Mapping[str, Any]) -> list[str]:
         "shards of the vocabulary": v["model.vocab_size"] % tensor == 0,
         "shards of the dense width": v["model.dense_layers"] == 0 or v["model.dense_dim"] % tensor == 0,
         "shards of experts": not routed or experts % (v["mesh.expert"] * tensor) == 0,
+        "shards of experts' width": not routed or v[moe + "expert_dim"] % v["mesh.fsdp"] == 0,
         "shards of the shared width": not routed or v[moe + "shared_experts"] * v[moe + "expert_dim"] % tensor == 0,
         "evaluations at checkpoints": v["train.checkpoint_every"] % v["train.eval_every"] == 0,
         "decay points": v["optimizer.decay_points"][0] <= v["optimizer.decay_points"][1],
