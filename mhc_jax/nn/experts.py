@@ -220,8 +220,10 @@ def _token_of_row(x, rows):
 
 
 def _sum_of_visits(y, rows):
-    wide = jnp.promote_types(y.dtype, jnp.float32)
-    return sum(_rows_of(y, column, rows).astype(wide) for column in rows.row_of_visit.T)
+    visits = _rows_of(y, rows.row_of_visit, rows)
+    # A TPU's compiler would write the gathered rows once more in the wide type; a GPU's gathers while it sums, if nothing stands between.
+    visits = jax.lax.platform_dependent(visits, tpu=jax.lax.optimization_barrier, default=lambda visits: visits)
+    return visits.sum(axis=1, dtype=jnp.promote_types(y.dtype, jnp.float32))
 
 
 @jax.custom_vjp
