@@ -31,7 +31,7 @@ def v3_671b() -> Config:
             moe=MoEConfig(num_experts=256, top_k=8, shared_experts=1, expert_dim=2048, num_groups=8, top_groups=4, routed_scaling=2.5),
             norm_eps=1e-6,
         ),
-        optimizer=OptimizerConfig(learning_rate=2.2e-4, decay_points=(0.82, 0.9887), decay_factors=(0.1, 0.0332)),
+        optimizer=OptimizerConfig(learning_rate=2.2e-4, decay_points=(0.82, 0.9887), decay_factors=(0.1, 0.0332), moments="bfloat16"),
         data=DataConfig(seq_len=4096),
         train=TrainConfig(steps=235_244, batch_size=15_360, eval_sequences=512),
     )

@@ -108,6 +108,7 @@ class OptimizerConfig:
     eps: float = 1e-20
     weight_decay: float = 0.1  # on matrices; never on norms, biases and gates
     clip_norm: float = 1.0  # global gradient norm
+    moments: Literal["float32", "bfloat16"] = "float32"  # of the network, between steps; DeepSeek-V3 kept them in bfloat16
 
 
 @dataclass(frozen=True)

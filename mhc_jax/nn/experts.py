@@ -77,10 +77,9 @@ def _swiglu(x, weights, inner, out, multiply):
 
 @jax.custom_vjp
 def _weighted(gate_up: Float[Array, "R gate_up"], weights: Float[Array, "R 1"]) -> Float[Array, "R gate_up//2"]:
-    """weights * silu(gate) * up, of the two halves; in their type, by way of the wider one of both types.
+    """weights * silu(gate) * up, of the two halves, in their type; computed in the weights'.
 
-    One pass over memory in either direction: differentiated by the chain of its operations, the product before its weight is kept in the
-    wide type, and the gradients of the halves are laid side by side by adding them to zeros.
+    Its gradient is written out: by the chain of operations the unweighted product is kept in the wide type, and read once more.
     """
     gate, up = (half.astype(weights.dtype) for half in jnp.split(gate_up, 2, axis=1))
     return (weights * jax.nn.silu(gate) * up).astype(gate_up.dtype)
@@ -94,8 +93,8 @@ def _weighted_bwd(saved, g):
     gate_up, weights = saved
     gate, up = (half.astype(weights.dtype) for half in jnp.split(gate_up, 2, axis=1))
     g = g.astype(weights.dtype)
-    open_ = jax.nn.sigmoid(gate)
-    silu, slope = gate * open_, open_ * (1 + gate * (1 - open_))
+    sigmoid = jax.nn.sigmoid(gate)
+    silu, slope = gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid))
     halves = jnp.concatenate([g * weights * up * slope, g * weights * silu], axis=1)
     return halves.astype(gate_up.dtype), (g * silu * up).sum(axis=1, keepdims=True)
 

@@ -10,7 +10,7 @@ from mhc_jax.config import Config
 from mhc_jax.errors import UserError
 from mhc_jax.nn.count import count_parameters
 
-PARAMETER_BYTES = 16  # parameter, gradient and two moments in float32
+PARAMETER_BYTES = {"float32": 16, "bfloat16": 12}  # parameter and gradient in float32, and two moments
 TABLE_BYTES = {"adam": 12, "row_second_moment": 4, "sinkhorn": 8}  # of an entry of a table: itself and its moments; no gradient
 TOKEN_BYTES = 16  # the four int32 arrays of a batch
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -57,7 +57,9 @@ def bytes_needed(config: Config) -> int:
         entries = len(m.engram.layers) * own.hot_rows * m.engram.head_dim if own.placement == "host" else count.table
         of_tables = entries * TABLE_BYTES[own.optimizer] // shards
     split = config.mesh.fsdp * config.mesh.expert * config.mesh.tensor  # at most: vectors and, over `expert`, all but experts are whole
-    return (count.total - count.table) * PARAMETER_BYTES // split + of_tables + tokens * TOKEN_BYTES + stream_bytes
+    return (
+        (count.total - count.table) * PARAMETER_BYTES[config.optimizer.moments] // split + of_tables + tokens * TOKEN_BYTES + stream_bytes
+    )
 
 
 def host_bytes_needed(config: Config) -> int:

@@ -97,6 +97,7 @@ FIELDS: dict[str, Rule] = {
     "model.loss_chunk": whole(1),
     "optimizer.learning_rate": positive,
     "optimizer.kind": choice("adamw", "muon"),
+    "optimizer.moments": choice("float32", "bfloat16"),
     "optimizer.warmup_steps": whole(0),
     "optimizer.decay_points": several(real(0, 1, above=True), 2, 2),
     "optimizer.decay_factors": several(real(0, 1), 2, 2),

@@ -5,13 +5,14 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mhc_jax.config import OptimizerConfig, override
 from mhc_jax.nn.decoder import Decoder
 from mhc_jax.nn.module import named_parameters
 from mhc_jax.train.loop import train
-from mhc_jax.train.optimizer import adamw, decays, learning_rate, optimizer, update_mask
+from mhc_jax.train.optimizer import adamw, decays, learning_rate, moments_in, optimizer, update_mask
 
 
 def test_schedule_warms_up_and_drops_twice():
@@ -87,13 +88,46 @@ def test_muon_takes_each_matrix_of_a_stack_by_itself_and_adamw_the_rest(tiny):
     for name, matrix in (("query", heads.reshape(width, -1)), ("latent", into), ("out", out.reshape(-1, width))):
         direction = np.asarray(getattr(got.moe_layers.attention, name)[0]).reshape(matrix.shape)
         np.testing.assert_allclose(direction, orthogonalised(np.asarray(matrix, np.float64)), rtol=1e-4, atol=1e-5)
-    expert = np.asarray(gradient.moe_layers.ffn.inner[0, 2], np.float64)
-    np.testing.assert_allclose(got.moe_layers.ffn.inner[0, 2], orthogonalised(expert), rtol=1e-4, atol=1e-5)
+    for name in ("inner", "out"):
+        expert = np.asarray(getattr(gradient.moe_layers.ffn, name)[0, 2], np.float64)
+        np.testing.assert_allclose(getattr(got.moe_layers.ffn, name)[0, 2], orthogonalised(expert), rtol=1e-4, atol=1e-5)
+
+
+def test_narrow_moments_are_the_wide_ones_rounded_after_each_update():
+    """Against Adam written out, which rounds as numpy's bfloat16 does; wide moments are elsewhere by more than the tolerance."""
+    rng, b1, b2 = np.random.default_rng(0), 0.9, 0.95
+    gradients = rng.standard_normal((3, 5, 7)).astype(np.float32)
+    parameters = jnp.zeros((5, 7))
+    directions = []
+    for adam in (moments_in(jnp.bfloat16, optax.scale_by_adam(b1, b2, 1e-20)), optax.scale_by_adam(b1, b2, 1e-20)):
+        state = adam.init(parameters)
+        for gradient in gradients:
+            direction, state = jax.jit(adam.update)(jnp.asarray(gradient), state, parameters)
+        directions.append(direction)
+    mean, square = np.zeros((5, 7), jnp.bfloat16), np.zeros((5, 7), jnp.bfloat16)
+    for step, gradient in enumerate(gradients, 1):
+        m, v = b1 * mean.astype(float) + (1 - b1) * gradient, b2 * square.astype(float) + (1 - b2) * np.square(gradient, dtype=float)
+        wanted = m / (1 - b1**step) / np.sqrt(v / (1 - b2**step))
+        mean, square = (x.astype(np.float32).astype(jnp.bfloat16) for x in (m, v))
+    np.testing.assert_allclose(directions[0], wanted, rtol=1e-5, atol=1e-6)
+    assert np.abs(directions[1] - wanted).max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_all_moments_are_kept_in_the_type_that_is_asked_for(tiny, kind):
+    model = jax.eval_shape(lambda: Decoder(tiny.model, jax.random.key(0)))
+    types = {}
+    for moments in ("float32", "bfloat16"):
+        config = OptimizerConfig(learning_rate=0.1, kind=kind, moments=moments)
+        state = jax.eval_shape(optimizer(config).init, model)
+        types[moments] = {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.ndim}
+    assert types == {"float32": {jnp.dtype("float32")}, "bfloat16": {jnp.dtype("bfloat16")}}
 
 
 @pytest.mark.slow
 def test_muon_runs_save_and_resume(tiny, tmp_path):
-    config = override(tiny, {"optimizer.kind": "muon", "train.steps": 4, "model.residual": "residual"})
+    settings = {"optimizer.kind": "muon", "optimizer.moments": "bfloat16", "train.steps": 4, "model.residual": "residual"}
+    config = override(tiny, settings)
     whole = train(config, tmp_path / "run", say=lambda line: None)
     (tmp_path / "run" / "summary.json").unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
