@@ -78,7 +78,8 @@ class MHC(Connection):
 
         def post_pre(x: Array, y: Array, h: Array, *weights: Array) -> tuple[Array, Array, Array]:
             between, u, h_next = mhc_post_pre(flat(x), flat(y), h, Weights(*weights), mapping)
-            return between.reshape(x.shape), u.reshape(y.shape), h_next
+            # Without a barrier XLA for TPU widens u for the sublayer's norm before it is reshaped, writes that, and reads it twice.
+            return between.reshape(x.shape), jax.lax.optimization_barrier(u.reshape(y.shape)), h_next
 
         weights = Weights(phi=self.phi, alpha=self.alpha, bias=self.bias)
         given, results = (STREAMS, STREAMS, TOKENS_LAST, *(None,) * len(weights)), (STREAMS, STREAMS, TOKENS_LAST)
