@@ -219,10 +219,10 @@ def _token_of_row(x, rows):
 
 
 def _sum_of_visits(y, rows):
-    visits = _rows_of(y, rows.row_of_visit, rows)
+    visits = _rows_of(y, rows.row_of_visit.T, rows)  # the visits outermost, where any number of them leaves a TPU's tiles as they are
     # A TPU's compiler would write the gathered rows once more in the wide type; a GPU's gathers while it sums, if nothing stands between.
     visits = jax.lax.platform_dependent(visits, tpu=jax.lax.optimization_barrier, default=lambda visits: visits)
-    return visits.sum(axis=1, dtype=jnp.promote_types(y.dtype, jnp.float32))
+    return visits.sum(axis=0, dtype=jnp.promote_types(y.dtype, jnp.float32))
 
 
 @jax.custom_vjp
