@@ -14,7 +14,7 @@ def v3_671b() -> Config:
     multi-token prediction module (11.5B parameters of its own). Assumed, because a config cannot say it: the largest batch from the first
     step on (published: 3072 to 15,360 over the first 469B tokens), a step to a tenth of the learning rate in the middle of the published
     cosine (10T to 14.3T tokens) and one to 7.3e-6 for the last 167B, experts' biases moving to the end (published: not in the last 500B).
-    Epsilons are those of the released code for norms, and this library's for the optimizer.
+    Epsilons are those of the released code for norms, and this library's for the optimizer, whose moments are bfloat16 as published.
     Expect: 2.664M H800 hours at the published 38.9 % MFU (docs/economics.md); no loss is published. Not run with this code.
     Command: mhc-jax train v3_671b --mesh.fsdp 512 --data.source 'corpus/*.txt' --data.tokenizer tokenizer.json
     """
