@@ -30,6 +30,7 @@ def routed_swiglu(
     weights: Float[Array, "T k"],
     inner: Float[Array, "E C gate_up"],
     out: Float[Array, "E gate_up//2 C"],
+    *,
     some_empty: bool = False,
 ) -> Float[Array, "T C"]:
     """Sum over a token's k experts of weight * SwiGLU_expert(x), in x's type with a float32 or wider sum.
