@@ -63,7 +63,7 @@ def text(tmp_path):
         (["train", "latpop"], "there is no config 'latpop'; choose one of laptop, depth30, 3b"),
         (["train", "laptop", "--model.moe.top-k", "9"], "model.moe.top_k is 9"),
         (["train", "laptop", "--model.attention.rope-dim", "7"], "does not divide model.attention.rope_dim = 7"),
-        (["train", "laptop", "--mesh.fsdp", "8", "--model.moe.expert-dim", "12"], "mesh.fsdp is 8, which does not divide model.moe.expert_dim"),
+        (["train", "laptop", "--mesh.fsdp", "8", "--model.moe.expert-dim", "12"], "mesh.fsdp is 8, which does not divide model.moe.exp"),
         (["train", "laptop", "--mesh.data", "1024", "--train.batch-size", "1024", "--train.eval-sequences", "1024"],
          "asks for 1024 devices"),
         (["train", "laptop", "--data.source", "nowhere/*.txt"], "nowhere/*.txt"),
