@@ -57,9 +57,8 @@ def bytes_needed(config: Config) -> int:
         entries = len(m.engram.layers) * own.hot_rows * m.engram.head_dim if own.placement == "host" else count.table
         of_tables = entries * TABLE_BYTES[own.optimizer] // shards
     split = config.mesh.fsdp * config.mesh.expert * config.mesh.tensor  # at most: vectors and, over `expert`, all but experts are whole
-    return (
-        (count.total - count.table) * PARAMETER_BYTES[config.optimizer.moments] // split + of_tables + tokens * TOKEN_BYTES + stream_bytes
-    )
+    of_network = (count.total - count.table) * PARAMETER_BYTES[config.optimizer.moments] // split
+    return of_network + of_tables + tokens * TOKEN_BYTES + stream_bytes
 
 
 def host_bytes_needed(config: Config) -> int:
